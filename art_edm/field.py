@@ -1,0 +1,115 @@
+"""The probability-flow field of a denoiser and the surrogate that measures its curvature.
+
+Symbols
+-------
+F       drift in physical time psi = sigma_max - sigma, equation (5): F = -(x - D(x; sigma)) / sigma
+d       slope of the path in sigma: dx/dsigma = (x - D) / sigma = -F
+Q       d^2 x / dsigma^2 along the path, equation (8): Q = dF/dpsi + (dF/dx) F
+slope   dD/dsigma, the total derivative of D along (dx/dsigma, 1)
+|Q|     RMS over pixels of Q = |slope| / sigma, since d/dsigma [(x - D)/sigma] = -slope / sigma
+
+Differencing D and not F avoids the cancellation of x: at sigma = 80, x is a hundred times D.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator, NamedTuple, Optional, Union
+
+import torch
+
+from .denoiser import Denoiser, NonFiniteOutput
+
+__all__ = ["DIFFERENCE_STEP", "Surrogate", "drift", "full_precision", "rms", "surrogate"]
+
+# Relative step h of the central difference. The truncation error falls as h^2, the rounding error of a
+# float32 network grows as 1/h; tests/benchmarks/difference_step.py measures both against float64.
+DIFFERENCE_STEP = 0.01
+
+
+class Surrogate(NamedTuple):
+    """What three evaluations tell about a point of a path."""
+
+    denoised: torch.Tensor  # D(x; sigma), [B, C, H, W]
+    slope: torch.Tensor  # dD/dsigma along the path, [B, C, H, W]
+    norm: torch.Tensor  # |Q|, [B]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Turn TF32 and autocast off: TF32's error of 1e-3 would be 10 % of a difference over 0.01 sigma."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square over everything but the first axis, [B, ...] -> [B]: a norm free of resolution."""
+    return x.flatten(1).square().mean(dim=1).sqrt()
+
+
+def _finite(values: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    bad = ~values.flatten(1).isfinite().all(dim=1)
+    if bad.any():
+        level = float(sigma.reshape(-1).expand(len(bad))[bad][0])
+        raise NonFiniteOutput(
+            f"the network returned NaN or infinity at sigma = {level:.6g} for {int(bad.sum())} of {len(bad)} images; "
+            "expected finite images; check the weight file, or its range of noise levels"
+        )
+    return values
+
+
+@torch.no_grad()
+def drift(
+    denoiser: Denoiser, x: torch.Tensor, sigma: Union[float, torch.Tensor], class_labels: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """F(x, psi) = -(x - D(x; sigma)) / sigma, equation (5).
+
+    Args:
+        x: [B, C, H, W], float64 for exactness; the denoiser may compute in float32.
+        sigma: scalar or [B], positive.
+    Returns:
+        [B, C, H, W], in units of x per unit of sigma. One evaluation per image.
+    Raises:
+        NonFiniteOutput: the denoiser returned NaN or infinity.
+    """
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    with full_precision():
+        denoised = _finite(denoiser(x, sigma, class_labels), sigma)
+    return (denoised - x) / sigma.reshape(-1, 1, 1, 1)
+
+
+@torch.no_grad()
+def surrogate(
+    denoiser: Denoiser, x: torch.Tensor, sigma: Union[float, torch.Tensor],
+    class_labels: Optional[torch.Tensor] = None, step: float = DIFFERENCE_STEP,
+) -> Surrogate:
+    """|Q|(x, psi), equation (8), by a central difference of D along the path.
+
+    The path is followed to sigma (1 +- step) along its tangent; curvature of the path enters only at
+    the order of the difference's own error, step^2.
+
+    Args:
+        x: [B, C, H, W].
+        sigma: scalar or [B], positive.
+        step: relative half-width of the difference.
+    Returns:
+        `Surrogate`; |Q| in units of x per sigma^2. Three evaluations per image.
+    Raises:
+        NonFiniteOutput: the denoiser returned NaN or infinity.
+    """
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(x.shape[0])  # [B]
+    s = sigma.reshape(-1, 1, 1, 1)
+    with full_precision():
+        denoised = _finite(denoiser(x, sigma, class_labels), sigma)
+        shift = step * (x - denoised)  # (step sigma) dx/dsigma
+        pair = torch.cat([x + shift, x - shift])  # [2B, C, H, W]
+        levels = torch.cat([sigma * (1 + step), sigma * (1 - step)])
+        labels = None if class_labels is None else torch.cat([class_labels, class_labels])
+        upper, lower = _finite(denoiser(pair, levels, labels), levels).chunk(2)
+    slope = (upper - lower) / (2 * step * s)
+    return Surrogate(denoised, slope, rms(slope) / sigma)

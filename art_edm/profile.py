@@ -1,0 +1,185 @@
+"""Dense trajectories, the profile q(sigma) = E|Q|, and the exact optimum they give.
+
+The exact path through a noise does not depend on the clock that travels it, so |Q| measured once on
+M dense trajectories scores every schedule and every number of steps.
+
+Symbols
+-------
+root    sqrt(|Q| rate^2), the root of the cost in the base clock; [M, P] over trajectories and points
+q       mean of |Q| over trajectories, per sigma^2 and in units of x
+c       (1/T) int sqrt(q) dpsi: at the optimum sqrt(q) theta = c, a constant
+J       int q theta^2 dt of a schedule; J* = c^2 T is the least of all schedules
+J*_x    E[(int sqrt|Q_x| dpsi)^2] / T: the least of all schedules that may depend on the sample
+price   J*_x / J*, the price of distillation: 1 where the state does not matter
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Callable, Optional
+
+import numpy as np
+import torch
+
+from .clock import Clock
+from .denoiser import Denoiser
+from .field import Surrogate, surrogate
+from .grid import Grid
+
+__all__ = ["Profile", "advance", "measure_profile"]
+
+FINE = 8192  # intervals of the quadratures; their cost is nothing
+
+
+@dataclass(frozen=True)
+class Profile:
+    """|Q| along M trajectories at P noise levels, and what follows from it.
+
+    Attributes:
+        clock: base clock in which the points are equally spaced.
+        fraction: [P], from 0 to the fraction of the lowest noise level that was evaluated.
+        norm: |Q|, [M, P]. Below the last point |Q| is held constant: what a network returns there is
+            its own noise.
+        evaluations, seconds: cost of measuring it.
+    """
+
+    clock: Clock
+    fraction: np.ndarray
+    norm: np.ndarray
+    evaluations: int
+    seconds: float
+    _fine: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def horizon(self) -> float:
+        """T, the physical time from sigma_max to 0."""
+        return self.clock.sigma_max
+
+    def norms(self, sigma: np.ndarray) -> np.ndarray:
+        """|Q| of every trajectory at any noise levels [n]: [M, n].
+
+        sqrt|Q| rate is interpolated linearly in the base clock, where it is nearly flat.
+        """
+        roots = np.sqrt(self.norm) * self.clock.rate(self.fraction)  # [M, P]
+        s = np.minimum(self.clock.fraction(sigma), self.fraction[-1])
+        right = np.clip(np.searchsorted(self.fraction, s), 1, len(self.fraction) - 1)
+        left = right - 1
+        w = (s - self.fraction[left]) / (self.fraction[right] - self.fraction[left])
+        return np.square(((1 - w) * roots[:, left] + w * roots[:, right]) / self.clock.rate(s))
+
+    def _table(self) -> dict:
+        """Quadratures on a fine grid of the base clock, computed once."""
+        if not self._fine:
+            s = np.linspace(0, 1, FINE + 1)
+            sigma, dpsi = self.clock.sigma(s), self.clock.rate(s) * self.horizon  # dpsi / ds
+            norms = self.norms(sigma)  # [M, FINE + 1]
+            q = norms.mean(axis=0)
+            self._fine.update(
+                s=s, q=q, root=_cumulative(np.sqrt(q) * dpsi, s), cost=_cumulative(q * dpsi, s),
+                roots=np.array([_cumulative(np.sqrt(row) * dpsi, s)[-1] for row in norms]),
+            )
+        return self._fine
+
+    @property
+    def root_integral(self) -> float:
+        """int sqrt(q) dpsi = c T."""
+        return float(self._table()["root"][-1])
+
+    @property
+    def optimum(self) -> float:
+        """J* = (int sqrt(q) dpsi)^2 / T."""
+        return self.root_integral**2 / self.horizon
+
+    @property
+    def state_optimum(self) -> float:
+        """J*_x = E[(int sqrt|Q_x| dpsi)^2] / T."""
+        return float(np.square(self._table()["roots"]).mean()) / self.horizon
+
+    @property
+    def price(self) -> float:
+        """J*_x / J*, in (0, 1]: what a clock that sees the sample could save at most."""
+        return self.state_optimum / self.optimum
+
+    def mean(self, sigma: np.ndarray) -> "tuple[np.ndarray, np.ndarray]":
+        """q at noise levels [n] and its standard error over trajectories."""
+        norms = self.norms(np.asarray(sigma, np.float64))
+        return norms.mean(axis=0), norms.std(axis=0, ddof=min(1, len(norms) - 1)) / np.sqrt(len(norms))
+
+    def cost(self, values: np.ndarray) -> float:
+        """J of a schedule given by noise levels [n + 1] at equally spaced times, from sigma_max to 0.
+
+        theta is constant in each step: J = sum_k theta_k int_step q dpsi, theta_k = n Delta_k / T. With
+        n large it is the J of a clock; with n = K that of the grid itself, never below J*.
+        """
+        values = np.asarray(values, np.float64)
+        table = self._table()
+        integral = np.diff(np.interp(self.clock.fraction(values), table["s"], table["cost"]))
+        theta = -np.diff(values) * (len(values) - 1) / self.horizon
+        return float(np.sum(theta * integral))
+
+    def direct(self, num_steps: int) -> Grid:
+        """The grid that equidistributes int sqrt(q): the optimum, without learning."""
+        table = self._table()
+        levels = np.arange(1, num_steps) / num_steps * table["root"][-1]
+        inner = self.clock.sigma(np.interp(levels, table["root"], table["s"]))
+        return Grid(np.concatenate([[self.horizon], inner, [0.0]]))
+
+
+def _cumulative(values: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Trapezoidal integral from s[0] to each s."""
+    return np.concatenate([[0.0], np.cumsum(np.diff(s) * (values[1:] + values[:-1]) / 2)])
+
+
+def advance(x: torch.Tensor, point: Surrogate, sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Follow the path from `sigma` to `target`, exactly where D is linear in sigma along it.
+
+    d(x / sigma)/dsigma = -D / sigma^2; with D = a + b sigma: x / sigma changes by a (1/target - 1/sigma)
+    - b log(target / sigma). The slope b is there already: it was measured for |Q|.
+
+    Args:
+        x: [B, C, H, W]; sigma, target: [B], positive.
+    Returns:
+        [B, C, H, W]; second-order accurate, no evaluation.
+    """
+    sigma, target = sigma.reshape(-1, 1, 1, 1), target.reshape(-1, 1, 1, 1)
+    ratio = target / sigma
+    base = point.denoised - point.slope * sigma
+    return ratio * x + base * (1 - ratio) - point.slope * target * ratio.log()
+
+
+def measure_profile(
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = 64,
+    class_labels: Optional[torch.Tensor] = None, on_step: Optional[Callable[[int], None]] = None,
+) -> Profile:
+    """Travel M trajectories over P noise levels and measure |Q| at each: 3 M P evaluations.
+
+    Args:
+        latents: unit normal noise, [M, C, H, W].
+        clock: base clock; its points are equally spaced down to the denoiser's sigma_min.
+        points: P, at least 2.
+        on_step: called with the number of images evaluated so far.
+    Raises:
+        NonFiniteOutput: the denoiser returned NaN or infinity; the message names the noise level.
+    """
+    began, start = time.perf_counter(), denoiser.evaluations
+    last = float(clock.fraction(denoiser.sigma_min))
+    fraction = np.linspace(0, last, points)
+    levels = clock.sigma(fraction)  # [P]
+    levels[-1] = denoiser.sigma_min
+    rows = []
+    for part in range(0, len(latents), batch):
+        x = denoiser.initial(latents[part : part + batch], clock.sigma_max)  # [b, C, H, W]
+        labels = None if class_labels is None else class_labels[part : part + batch]
+        columns = []
+        for k, level in enumerate(levels):
+            sigma = x.new_full((len(x),), level)
+            point = surrogate(denoiser, x, sigma, labels)
+            columns.append(point.norm)
+            if k + 1 < points:
+                x = advance(x, point, sigma, x.new_full((len(x),), levels[k + 1]))
+            if on_step:
+                on_step(denoiser.evaluations - start)
+        rows.append(torch.stack(columns, dim=1))  # [b, P]
+    norm = torch.cat(rows).cpu().numpy()
+    return Profile(clock, fraction, norm, denoiser.evaluations - start, time.perf_counter() - began)

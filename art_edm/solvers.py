@@ -1,0 +1,153 @@
+"""Deterministic solvers of the probability-flow equation on a given grid.
+
+Symbols
+-------
+x          state, [B, C, H, W] float64, as in EDM's sampler
+sigma      noise level at the start of a step; sigma_next at its end
+slope      dx/dsigma = (x - D(x; sigma)) / sigma, the drift (5) with its sign turned
+K          number of steps of the grid
+NFE        evaluations of D per image: Euler K, Heun 2K - 1, RK4 4(K - 1) + 1
+
+A solver receives a grid and never builds one. The step that ends at sigma = 0 is Euler's for every
+solver, as the slope has no value there; it is recognised by its value, never by its index.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, List, Optional
+
+import torch
+
+from .denoiser import Denoiser, NonFiniteOutput
+from .grid import Grid
+
+__all__ = ["SOLVERS", "euler_step", "heun_step", "nfe", "rk4_step", "sample"]
+
+# Slope(x [B, C, H, W], sigma []) -> dx/dsigma [B, C, H, W]
+Slope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Step = Callable[[Slope, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+OnStep = Callable[[int, float, torch.Tensor], None]
+
+# How far above the model's sigma_max a grid may start: EDM's rule returns 80 only up to rounding.
+SIGMA_MAX_SLACK = 1e-6
+
+
+def euler_step(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+    """First order, one evaluation: x + h k1, h = sigma_next - sigma."""
+    return x + (sigma_next - sigma) * slope(x, sigma)
+
+
+def heun_step(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+    """Second order, two evaluations: x + h (k1 + k2) / 2; algorithm 1 of EDM (2206.00364)."""
+    h = sigma_next - sigma
+    k1 = slope(x, sigma)
+    k2 = slope(x + h * k1, sigma_next)
+    return x + h * (0.5 * k1 + 0.5 * k2)
+
+
+def rk4_step(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+    """Fourth order, four evaluations: the classical Runge-Kutta step in sigma, x + h (k1 + 2 k2 + 2 k3 + k4) / 6."""
+    h = sigma_next - sigma
+    middle = sigma + h / 2
+    k1 = slope(x, sigma)
+    k2 = slope(x + h / 2 * k1, middle)
+    k3 = slope(x + h / 2 * k2, middle)
+    k4 = slope(x + h * k3, sigma_next)
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+SOLVERS: Dict[str, Step] = {"euler": euler_step, "heun": heun_step, "rk4": rk4_step}
+_STAGES = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of a step that does not end at 0
+
+
+def nfe(solver: str, num_steps: int) -> int:
+    """Evaluations of the denoiser per image on a grid of `num_steps` steps; the last step is Euler's."""
+    _step_of(solver)
+    if num_steps < 1:
+        raise ValueError(f"found num_steps = {num_steps}, expected at least 1")
+    return _STAGES[solver] * (num_steps - 1) + 1
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser, latents: torch.Tensor, grid: Grid, solver: str = "heun",
+    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, batch: Optional[int] = None,
+) -> torch.Tensor:
+    """Carry unit noise from the grid's first noise level to 0.
+
+    Args:
+        denoiser: the model; its `initial` turns the noise into the state at the first level.
+        latents: unit normal noise [B, C, H, W].
+        grid: noise levels; rounded to those the model supports by `denoiser.round_sigma`.
+        solver: a name in `SOLVERS`.
+        class_labels: one-hot [B, label_dim], or None.
+        on_step: called as on_step(k, sigma_k, x) after step k = 1..K, for every batch.
+        batch: images per evaluation; all at once by default.
+    Returns:
+        Images [B, C, H, W] float64.
+    Raises:
+        ValueError: an unknown solver; labels or a batch that do not fit; a grid that starts above the
+            model's sigma_max, or loses a step by rounding.
+        NonFiniteOutput: the denoiser returned NaN or infinity.
+    """
+    step = _step_of(solver)
+    if batch is not None and batch < 1:
+        raise ValueError(f"found batch = {batch}, expected at least 1 image")
+    if class_labels is not None and len(class_labels) != len(latents):
+        raise ValueError(f"found {len(class_labels)} class labels for {len(latents)} latents; pass one per image")
+    sigma = _rounded(denoiser, grid, latents.device)  # [K + 1]
+    size = batch or max(len(latents), 1)
+    parts: List[torch.Tensor] = []
+    for start in range(0, max(len(latents), 1), size):
+        labels = None if class_labels is None else class_labels[start:start + size]
+        x = denoiser.initial(latents[start:start + size], float(sigma[0])).to(torch.float64)  # [b, C, H, W]
+        parts.append(_integrate(_slope(denoiser, labels), x, sigma, step, on_step))
+    return torch.cat(parts)
+
+
+def _integrate(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, step: Step, on_step: Optional[OnStep]) -> torch.Tensor:
+    """Follow dx/dsigma through the levels sigma [K + 1]; they need not end at 0."""
+    for k, level in enumerate(sigma.tolist()[1:], start=1):
+        take = euler_step if level == 0 else step
+        x = take(slope, x, sigma[k - 1], sigma[k])
+        if on_step is not None:
+            on_step(k, level, x)
+    return x
+
+
+def _slope(denoiser: Denoiser, class_labels: Optional[torch.Tensor]) -> Slope:
+    def slope(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        denoised = denoiser(x, sigma, class_labels).to(torch.float64)
+        if not denoised.isfinite().all():
+            raise NonFiniteOutput(
+                f"the network returned NaN or infinity at sigma = {float(sigma):.6g}; expected finite images; "
+                "check the weight file, or its range of noise levels"
+            )
+        return (x - denoised) / sigma
+
+    return slope
+
+
+def _rounded(denoiser: Denoiser, grid: Grid, device: torch.device) -> torch.Tensor:
+    """The grid's levels as the model supports them, float64 [K + 1]; the final 0 is not a level to round."""
+    if grid.sigma_max > denoiser.sigma_max * (1 + SIGMA_MAX_SLACK):
+        raise ValueError(
+            f"the grid starts at sigma = {grid.sigma_max:.9g}, above the model's sigma_max = "
+            f"{denoiser.sigma_max:.9g}; make a grid with --sigma-max={denoiser.sigma_max:.9g}"
+        )
+    levels = torch.tensor(grid.values, device=device)
+    levels[:-1] = denoiser.round_sigma(levels[:-1]).to(levels)
+    lost = torch.nonzero(levels[1:] >= levels[:-1]).flatten().tolist()
+    if lost:
+        i, before = lost[0], grid.values
+        raise ValueError(
+            f"steps {i} and {i + 1} (sigma = {before[i]:.6g} and {before[i + 1]:.6g}) are the same noise level, "
+            f"{float(levels[i]):.6g}, after rounding to those the model supports; use fewer steps"
+        )
+    return levels
+
+
+def _step_of(solver: str) -> Step:
+    if solver not in SOLVERS:
+        raise ValueError(f"found solver {solver!r}, expected one of {', '.join(SOLVERS)}")
+    return SOLVERS[solver]

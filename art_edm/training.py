@@ -1,0 +1,352 @@
+"""Algorithm 1: learn the sampling clock of a denoiser. All mutable state of a run lives here.
+
+A run measures a profile (dense trajectories, also the oracle that scores it), then learns in one or
+more rounds. A round starts in a base clock with the policy at v = 1 and ends by distilling the last
+trajectories; the learned clock is the next round's base clock. Since ART does not depend on the
+coordinate of physical time, a round takes nothing away: it lets the actor begin again from where it
+got to, with small corrections left to make.
+
+Every iteration draws from a generator seeded by (seed, iteration), and a checkpoint holds everything
+else, so that a resumed run gives the bytes of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+
+from .actor_critic import actor_loss, advantages, critic_loss, multiplier_step, rewards, temporal_differences
+from .clock import Clock, ComposedClock, make_clock
+from .control import CachedEnvironment, Environment, LiveEnvironment, RolloutSettings, rollout
+from .denoiser import Denoiser
+from .distill import LearnedClock, distill
+from .field import NonFiniteOutput
+from .files import atomic_write
+from .policy import Critic, Policy
+from .profile import Profile, measure_profile
+from .progress import GracefulStop, Progress, Stopped
+
+__all__ = ["CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "train"]
+
+SAVE_SECONDS = 5.0  # between checkpoints; a result never depends on it
+
+
+class CheckpointMismatch(ValueError):
+    """The checkpoint was made with other settings; the message names the difference."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; the defaults are the `default` preset."""
+
+    method: str = "rl"  # rl, or direct: the closed-form optimum of the profile
+    rollout: str = "cached"  # cached: |Q| from the dense trajectories; live: the denoiser in every rollout
+    preset: str = "default"  # where the other values came from
+    seed: int = 0
+    trajectories: int = 32  # M, dense trajectories of the profile
+    points: int = 80  # P, noise levels on each; M P 3 evaluations
+    clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
+    clock_sigma_data: Optional[float] = None  # of the Gaussian clock; None: the denoiser's own
+    rounds: int = 2  # times to start again from the learned clock
+    iterations: int = 400  # over all rounds
+    batch: int = 128  # rollouts per iteration
+    train_steps: int = 64  # N, steps of a rollout; finer than the deployed K
+    exploration: float = 0.15  # rho: relative noise of the policy at the optimum
+    temperature: Optional[float] = None  # lambda of (11) in the units of |Q|; None: (rho c)^2
+    epsilon: float = 0.1  # floor of q in the policy's variance, in units of c^2 (of |Q| when not normalised)
+    normalise: bool = True  # measure cost in units of c^2 and time in units of T
+    trace: float = 0.99  # weight of later temporal differences; 0 is (29) itself
+    baseline: bool = True  # subtract the mean advantage of each time, scale to unit variance
+    simpson: bool = True  # weigh a step by Simpson's rule; False: by q at its start
+    euler: bool = False  # live paths follow Euler steps of (5)
+    state: bool = False  # the policy, too, sees q of the sample
+    arrive: bool = True  # the policy's mean speed is relative to the one that arrives in time
+    penalty: float = 20.0  # quadratic terminal term
+    multiplier: float = -2.0  # gamma at the start; -2 c is its value at the optimum
+    multiplier_rate: float = 0.3  # step of (30)
+    actor_rate: float = 3e-3
+    critic_rate: float = 1e-2
+    optimizer: str = "adam"  # adam; sgd: the plain steps of (29)
+    decay: bool = True  # steps shrink linearly within a round
+    keep: int = 1024  # M of the distillation: the last trajectories averaged
+
+
+_DEFAULT = TrainConfig()
+PRESETS: Dict[str, TrainConfig] = {
+    "default": _DEFAULT,
+    # The paper's literal recipe: raw physical time, one live trajectory per iteration, TD(0), fixed lambda.
+    # Its number of steps is the deployed K (train_steps is set to it by the caller).
+    "paper": replace(
+        _DEFAULT, preset="paper", rollout="live", clock="linear", rounds=1, iterations=5000, batch=1, train_steps=18,
+        temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False, simpson=False, euler=True, state=True,
+        arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-4, critic_rate=1e-4, optimizer="sgd",
+        decay=False, keep=100,
+    ),
+}
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves behind."""
+
+    profile: Profile
+    learned: Optional[LearnedClock]  # None for the direct method
+    terminal_error: Optional[float]  # mean of s_N - 1 over the last trajectories, before rescaling
+    evaluations: Dict[str, int]  # of the stages `profile` and `rl`
+    seconds: Dict[str, float]
+    history: List[Dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class _State:
+    """Everything a checkpoint holds."""
+
+    iteration: int = 0
+    gamma: float = 0.0
+    round: int = -1
+    knots: List[np.ndarray] = field(default_factory=list)  # one learned path per finished round
+    paths: List[np.ndarray] = field(default_factory=list)  # s of the last iterations, [N + 1, B] each
+    history: List[Dict[str, float]] = field(default_factory=list)
+    profile: Optional[Profile] = None
+    evaluations: int = 0
+    seconds: float = 0.0
+    parts: Dict[str, Any] = field(default_factory=dict)  # policy, critic and their optimizers
+    last_save: float = 0.0
+
+
+def train(
+    denoiser: Denoiser, config: TrainConfig, identity: str = "", checkpoint: Optional[Path] = None,
+    resume: bool = False, quiet: bool = True,
+) -> TrainResult:
+    """Learn the clock of `denoiser`.
+
+    Args:
+        identity: what the denoiser is (name and hash); a checkpoint of another one is refused.
+        checkpoint: file for the state, rewritten every few seconds; None keeps nothing.
+        resume: continue from `checkpoint` where it exists.
+    Raises:
+        Stopped: Ctrl-C or SIGTERM; the state is saved.
+        NonFiniteOutput: the denoiser failed at a noise level; what was learned so far is saved.
+        CheckpointMismatch: the checkpoint is of other settings.
+    """
+    run = _Run(denoiser, config, identity, checkpoint, quiet)
+    if resume and checkpoint is not None and checkpoint.exists():
+        run.restore()
+    with GracefulStop() as stop:
+        try:
+            run.measure(stop)
+            if config.method == "rl":
+                run.learn(stop)
+        except NonFiniteOutput as error:
+            if run.save():
+                raise NonFiniteOutput(f"{error}. What was learned so far is in {checkpoint}") from None
+            raise
+    return run.result()
+
+
+class _Run:
+    """One run: state, and the stages that change it."""
+
+    def __init__(
+        self, denoiser: Denoiser, config: TrainConfig, identity: str, checkpoint: Optional[Path], quiet: bool
+    ) -> None:
+        self.denoiser, self.config, self.checkpoint, self.quiet = denoiser, config, checkpoint, quiet
+        self.settings = {**asdict(config), "network": identity}
+        self.state = _State(gamma=config.multiplier, last_save=time.monotonic())
+        sigma_data = config.clock_sigma_data or denoiser.sigma_data
+        self.base = make_clock(config.clock, denoiser.sigma_max, sigma_data)
+        self.profile_clock = make_clock("gaussian", denoiser.sigma_max, denoiser.sigma_data)
+
+    # -- stages ------------------------------------------------------------------------------------
+
+    def measure(self, stop: GracefulStop) -> None:
+        """The profile: dense trajectories from `seed`."""
+        if self.state.profile is not None:
+            return
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed)
+        latents = torch.randn((config.trajectories, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
+        device = next(iter([*self.denoiser.parameters(), *self.denoiser.buffers()]), torch.empty(0)).device
+        progress = Progress(3 * config.trajectories * config.points, "profile, images", self.quiet)
+
+        def on_step(done: int) -> None:
+            progress.update(done)
+            if stop.requested:
+                progress.close()
+                self._stop("while measuring the profile")
+
+        self.state.profile = measure_profile(
+            self.denoiser, latents.to(device), self.profile_clock, config.points, on_step=on_step
+        )
+        progress.close()
+        self.save()
+
+    def learn(self, stop: GracefulStop) -> None:
+        """All rounds of actor-critic iterations."""
+        config, state = self.config, self.state
+        progress = Progress(config.iterations, "ART-RL", self.quiet, state.iteration)
+        began, before = time.monotonic() - state.seconds, self.denoiser.evaluations - state.evaluations
+        ends = [config.iterations * (r + 1) // config.rounds for r in range(config.rounds)]
+        while state.iteration < config.iterations:
+            current = next(r for r, end in enumerate(ends) if state.iteration < end)
+            if current != state.round:
+                self._begin_round(current)
+            env, settings = self._environment(), self._rollout_settings()
+            start, end = ([0] + ends)[current], ends[current]
+            while state.iteration < end:
+                rate = 1 - (state.iteration - start) / (end - start) if config.decay else 1.0
+                self._iterate(env, settings, max(rate, 0.02))
+                state.seconds = time.monotonic() - began
+                state.evaluations = self.denoiser.evaluations - before
+                progress.update(state.iteration, f"terminal error {state.history[-1]['error']:+.3f}")
+                if stop.requested:
+                    progress.close()
+                    self._stop(f"after {state.iteration} of {config.iterations} iterations")
+                if time.monotonic() - state.last_save > SAVE_SECONDS:
+                    self.save()
+        progress.close()
+        self.save()
+
+    def _begin_round(self, current: int) -> None:
+        """Fresh actor and critic; from the second round on, in the clock learned by the one before."""
+        state, config = self.state, self.config
+        if state.paths:
+            state.knots.append(distill(self._paths(), self._clock()).mean)
+            state.paths = []
+        state.round = current
+        generator = torch.Generator().manual_seed((config.seed << 32) + (1 << 31) + current)
+        arrive = 1 / config.train_steps if config.arrive else None
+        policy, critic = Policy(generator, config.state, arrive), Critic(generator)
+        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
+        state.parts = {
+            "policy": policy, "critic": critic, "policy_optimizer": kind(policy.parameters(), lr=config.actor_rate),
+            "critic_optimizer": kind(critic.parameters(), lr=config.critic_rate),
+        }
+
+    def _iterate(self, env: Environment, settings: RolloutSettings, rate: float) -> None:
+        """One iteration of Algorithm 1: rollouts, updates (29), multiplier (30)."""
+        config, state = self.config, self.state
+        generator = torch.Generator().manual_seed((config.seed << 32) + state.iteration)
+        policy, critic = state.parts["policy"], state.parts["critic"]
+        path = rollout(env, policy, settings, config.batch, generator)
+        reward = rewards(path, settings, state.gamma, config.penalty)
+        with torch.no_grad():
+            values = critic(path.features.float()).double()
+        advantage = advantages(temporal_differences(values, reward), config.trace)
+        scale = config.train_steps if config.normalise else 1  # Adam does not care; it keeps losses comparable
+        losses = {"critic": critic_loss(critic, path, advantage) / scale}
+        if config.baseline:
+            advantage = advantage - advantage.mean(dim=1, keepdim=True)
+            advantage = advantage / (advantage.std() + 1e-12)
+        losses["policy"] = actor_loss(policy, path, advantage, settings) / scale
+        for name, base_rate in (("policy", config.actor_rate), ("critic", config.critic_rate)):
+            optimizer = state.parts[f"{name}_optimizer"]
+            optimizer.param_groups[0]["lr"] = base_rate * rate
+            optimizer.zero_grad()
+            losses[name].backward()
+            optimizer.step()
+        state.gamma, error = multiplier_step(state.gamma, path, config.multiplier_rate * rate, settings)
+        state.iteration += 1
+        state.history.append({"error": error, "gamma": state.gamma, "cost": float(path.cost.sum(dim=0).mean())})
+        keep = -(-config.keep // config.batch)
+        state.paths = (state.paths + [path.s.numpy()])[-keep:]
+
+    # -- what follows from the state ---------------------------------------------------------------
+
+    def _clock(self) -> Clock:
+        clock = self.base
+        for knots in self.state.knots:
+            clock = ComposedClock(clock, knots)
+        return clock
+
+    def _unit(self) -> float:
+        """c^2, the unit of cost; 1 in the paper's form."""
+        profile = self.state.profile
+        return profile.optimum / profile.horizon if self.config.normalise else 1.0
+
+    def _environment(self) -> Environment:
+        if self.config.rollout == "cached":
+            return CachedEnvironment(self.state.profile, self._clock(), self._unit())
+        return LiveEnvironment(self.denoiser, self._clock(), self._unit(), self.config.euler)
+
+    def _rollout_settings(self) -> RolloutSettings:
+        config, profile = self.config, self.state.profile
+        chosen = config.exploration**2 * profile.optimum / profile.horizon
+        temperature = (chosen if config.temperature is None else config.temperature) / self._unit()
+        horizon = 1.0 if config.normalise else profile.horizon
+        return RolloutSettings(config.train_steps, temperature, config.epsilon, horizon, config.simpson)
+
+    def _paths(self) -> np.ndarray:
+        return np.concatenate(self.state.paths, axis=1)[:, -self.config.keep :]
+
+    def result(self) -> TrainResult:
+        state, profile = self.state, self.state.profile
+        paths = self._paths() if state.paths else None
+        return TrainResult(
+            profile=profile,
+            learned=None if paths is None else distill(paths, self._clock()),
+            terminal_error=None if paths is None else float(paths[-1].mean() - 1),
+            evaluations={"profile": profile.evaluations, "rl": state.evaluations},
+            seconds={"profile": profile.seconds, "rl": state.seconds},
+            history=state.history,
+        )
+
+    # -- checkpoint --------------------------------------------------------------------------------
+
+    def _stop(self, where: str) -> None:
+        saved = f"; saved in {self.checkpoint}, continue with --resume" if self.save() else ""
+        raise Stopped(f"stopped {where}{saved}")
+
+    def save(self) -> bool:
+        """Write the checkpoint, if there is to be one."""
+        if self.checkpoint is None:
+            return False
+        state = self.state
+        content = {name: getattr(state, name) for name in ("iteration", "gamma", "round", "history", "evaluations", "seconds")}
+        for name in ("knots", "paths"):
+            content[name] = [torch.from_numpy(array.copy()) for array in getattr(state, name)]
+        content["parts"] = {name: part.state_dict() for name, part in state.parts.items()}
+        if state.profile is not None:
+            p = state.profile
+            content["profile"] = {
+                "fraction": torch.from_numpy(p.fraction), "norm": torch.from_numpy(p.norm),
+                "evaluations": p.evaluations, "seconds": p.seconds,
+            }
+        content["settings"] = self.settings
+        atomic_write(self.checkpoint, lambda file: torch.save(content, file))
+        state.last_save = time.monotonic()
+        return True
+
+    def restore(self) -> None:
+        """Read the checkpoint; settings must agree."""
+        try:
+            content = torch.load(self.checkpoint, weights_only=True)
+            found = content["settings"]
+        except Exception as error:  # torch raises many kinds for a file that is not one of its own
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            raise CheckpointMismatch(f"{self.checkpoint} is not a checkpoint ({reason}); remove it") from None
+        for key, value in self.settings.items():
+            if found.get(key) != value:
+                raise CheckpointMismatch(
+                    f"{self.checkpoint} was made with {key}={found.get(key)}, this run has {key}={value}; "
+                    "use the same settings, or remove it and start again without --resume"
+                )
+        state = self.state
+        if content["round"] >= 0:
+            self._begin_round(content["round"])
+            for name, part in state.parts.items():
+                part.load_state_dict(content["parts"][name])
+        for name in ("iteration", "gamma", "history", "evaluations", "seconds"):
+            setattr(state, name, content[name])
+        for name in ("knots", "paths"):
+            setattr(state, name, [tensor.numpy() for tensor in content[name]])
+        if "profile" in content:
+            p = content["profile"]
+            state.profile = Profile(
+                self.profile_clock, p["fraction"].numpy(), p["norm"].numpy(), p["evaluations"], p["seconds"]
+            )

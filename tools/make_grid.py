@@ -1,0 +1,224 @@
+"""Make, resample and show noise-level grids: .npy files that any sampler here accepts."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import click
+from click.core import ParameterSource
+
+from art_edm import grid as grids
+from art_edm.files import atomic_write, check_destination, sha256_of
+from art_edm.grid import (
+    RULES,
+    Grid,
+    GridError,
+    check_grid_destination,
+    load_grid,
+    load_provenance,
+    resample,
+    save_grid,
+)
+
+FILE = click.Path(path_type=Path)
+
+
+class OneLineErrors(click.Group):
+    """A group of commands whose user errors are one line on stderr and exit code 2, never a traceback."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """As `click.Group.main`, with ValueError and OSError taken as user errors too."""
+        try:
+            result = super().main(*args, standalone_mode=False, **kwargs)
+        except click.Abort:
+            sys.exit("Aborted")
+        except (click.ClickException, ValueError, OSError) as error:
+            if not standalone_mode:
+                raise
+            text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            click.echo(f"Error: {' '.join(text.split())}", err=True)
+            sys.exit(2)
+        if standalone_mode:
+            sys.exit(result if isinstance(result, int) else 0)
+        return result
+
+
+@click.group(cls=OneLineErrors, invoke_without_command=True)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Make, resample and show noise-level grids.
+
+    A grid is a .npy of K + 1 values, from sigma_max strictly down to 0. A .json of the same name says
+    where it came from.
+
+    \b
+    Examples:
+      python tools/make_grid.py edm --steps=18 --out=edm-18.npy
+      python tools/make_grid.py resample edm-18.npy --steps=9
+      python tools/make_grid.py show edm-9.npy --plot=edm-9.png
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def save(out: Path, grid: Grid, provenance: Dict[str, Any]) -> None:
+    """Write the grid and say so."""
+    try:
+        save_grid(out, grid, provenance)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {out}: {error.strerror or error}; any older file is as it was; "
+            "make room there or choose another --out"
+        ) from None
+    click.echo(f"wrote {out}: {describe(grid)}")
+
+
+def describe(grid: Grid) -> str:
+    """One line: steps and range."""
+    steps = f"{grid.num_steps} step" + "s" * (grid.num_steps > 1)
+    return f"{steps}, sigma from {grid.sigma_max:.6g} to {grid.values[-2]:.6g}, then 0"
+
+
+def rule_command(name: str) -> click.Command:
+    """The command that makes a grid by one of the rules."""
+    rule = getattr(grids, name.replace("-", "_"))
+    used = set(inspect.signature(rule).parameters)
+    unused = [p for p in ("sigma_max", "sigma_min", "rho") if p not in used]
+
+    @click.pass_context
+    def command(context: click.Context, steps: int, out: Path, **numbers: float) -> None:
+        for parameter in unused:
+            if context.get_parameter_source(parameter) is not ParameterSource.DEFAULT:
+                click.echo(f"note: the rule {name} has no {parameter}; the option changes nothing", err=True)
+        grid = RULES[name](steps, numbers["sigma_min"], numbers["sigma_max"], numbers["rho"])
+        settings = {key: value for key, value in numbers.items() if key in used}
+        save(check_grid_destination(out), grid, {"rule": name, "num_steps": steps, **settings})
+
+    def number(option: str, default: float, text: str) -> click.Option:
+        note = " (not used by this rule)" if option in unused else ""
+        return click.Option([f"--{option.replace('_', '-')}"], type=float, default=default, show_default=True,
+                            metavar="NUMBER", help=text + note)
+
+    formula = inspect.getdoc(rule).split("\n\n")[0]
+    example = f"python tools/make_grid.py {name} --steps=18 --out={name}-18.npy"
+    return click.Command(
+        name, callback=command, short_help=formula.split(":")[0].split(";")[0],
+        help=f"{formula}\n\n\b\nExample:\n  {example}",
+        params=[
+            click.Option(["--steps"], type=int, required=True, metavar="K", help="Number of steps."),
+            click.Option(["--out"], type=FILE, required=True, metavar="FILE.npy", help="Where to write the grid."),
+            number("sigma_max", 80, "First noise level."),
+            number("sigma_min", 0.002, "Last positive noise level."),
+            number("rho", 7, "Exponent."),
+        ],
+    )
+
+
+for _name in RULES:
+    main.add_command(rule_command(_name))
+
+
+def resampled_name(path: Path, old: int, new: int) -> Path:
+    """art-18.npy -> art-9.npy where the name ends in the number of steps, else art.npy -> art-9.npy."""
+    digits = re.search(r"\d*$", path.stem).group()
+    stem = path.stem[: -len(digits)] + str(new) if digits == str(old) else f"{path.stem}-{new}"
+    return path.with_name(stem + ".npy")
+
+
+def provenance_of(path: Path) -> Tuple[Dict[str, Any], str]:
+    """The sidecar, and what is wrong with it if it cannot be used."""
+    try:
+        return load_provenance(path), ""
+    except GridError as error:
+        return {}, str(error)
+
+
+@main.command("resample")
+@click.argument("source", type=FILE, metavar="IN.npy")
+@click.option("--steps", type=int, required=True, metavar="K", help="Number of steps of the new grid.")
+@click.option("--out", type=FILE, metavar="FILE.npy",
+              help="Where to write it; by default the input's name with the number of steps replaced or added.")
+def resample_command(source: Path, steps: int, out: Optional[Path]) -> None:
+    """The same schedule in another number of steps.
+
+    log sigma is interpolated linearly in the step; the first and the last positive value are kept.
+
+    \b
+    Example:
+      python tools/make_grid.py resample art-18.npy --steps=9
+    """
+    old = load_grid(source)
+    grid = resample(old, steps)
+    if out is None:
+        out = resampled_name(source, old.num_steps, steps)
+        if out == source:
+            raise ValueError(f"{source} has {steps} steps already; choose other --steps, or name the copy with --out")
+    check_grid_destination(out)
+    origin, note = provenance_of(source)
+    if note:
+        click.echo(f"note: {note}", err=True)
+    save(out, grid, {
+        "rule": "resample", "num_steps": steps, "source": source.name, "source_num_steps": old.num_steps,
+        "source_sha256": sha256_of(source), "source_provenance": origin,
+    })
+
+
+@main.command("show")
+@click.argument("source", type=FILE, metavar="FILE.npy")
+@click.option("--plot", type=FILE, metavar="FILE.png",
+              help="Draw the grid beside the edm, dpm and uniform rules of the same number of steps.")
+def show_command(source: Path, plot: Optional[Path]) -> None:
+    """Print a grid's values, its steps, the checks it passed and its origin.
+
+    \b
+    Example:
+      python tools/make_grid.py show art-18.npy --plot=art-18.png
+    """
+    grid = load_grid(source)
+    figure = draw(grid, source.stem, check_destination(plot)) if plot else None
+    origin, note = provenance_of(source)
+    click.echo(f"{source}: {describe(grid)}")
+    click.echo("\n".join(table(grid)))
+    click.echo("checks passed: one dimension, real floats, finite, strictly descending, only the last value is 0")
+    click.echo(f"provenance: {note or (json.dumps(origin, indent=1) if origin else 'no sidecar')}")
+    if figure:
+        click.echo(f"wrote {figure}")
+
+
+def table(grid: Grid) -> List[str]:
+    """Lines of step, sigma, step size sigma_i - sigma_{i+1} and ratio sigma_i / sigma_{i+1}."""
+    lines = [f"{'step':>6} {'sigma':>12} {'size':>12} {'ratio':>8}"]
+    levels = grid.values.tolist()
+    for i in range(grid.num_steps):
+        sigma, after = levels[i], levels[i + 1]
+        ratio = f"{sigma / after:.4g}" if after else "-"
+        lines.append(f"{i:>6} {sigma:>12.6g} {sigma - after:>12.6g} {ratio:>8}")
+    return [*lines, f"{grid.num_steps:>6} {0:>12}"]
+
+
+def draw(grid: Grid, label: str, path: Path) -> Path:
+    """Positive noise levels over the step, on a log axis, beside the rules."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, which is not installed; pip install 'art_edm[plot]'") from None
+    axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
+    sigma_min = min(0.002, grid.sigma_max / 1000)  # the usual one of EDM, in place on small scales too
+    for name, style in (("edm", ".-"), ("dpm", ".--"), ("uniform", ".:")):
+        values = RULES[name](grid.num_steps, sigma_min, grid.sigma_max, 7).values
+        axes.plot(values[:-1], style, color="0.6", linewidth=1, label=name)
+    axes.plot(grid.values[:-1], "o-", color="C3", markersize=4, label=label)
+    axes.set(xlabel="step (the final 0 is not drawn)", ylabel="sigma", yscale="log")
+    axes.legend()
+    kind = path.suffix[1:] or "png"
+    atomic_write(path, lambda file: axes.figure.savefig(file, format=kind, dpi=150))
+    return path
+
+
+if __name__ == "__main__":
+    main(prog_name="make_grid.py")
