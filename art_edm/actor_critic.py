@@ -17,7 +17,7 @@ import torch
 from .control import RolloutSettings, Trajectory
 from .policy import Critic, Policy
 
-__all__ = ["actor_loss", "advantages", "critic_loss", "multiplier_step", "rewards", "temporal_differences"]
+__all__ = ["actor_loss", "advantages", "centre", "critic_loss", "multiplier_step", "rewards", "temporal_differences"]
 
 
 def rewards(path: Trajectory, settings: RolloutSettings, gamma: float, penalty: float) -> torch.Tensor:
@@ -46,6 +46,20 @@ def advantages(delta: torch.Tensor, trace: float) -> torch.Tensor:
     for k in range(len(rows) - 2, -1, -1):
         rows[k] = rows[k] + trace * rows[k + 1]
     return torch.stack(rows)
+
+
+def centre(advantage: torch.Tensor, repeats: int) -> torch.Tensor:
+    """Subtract a baseline from advantages [N, B]: at each time, the mean over the rollouts of the same noise.
+
+    Samples differ in what their path costs far more than policies do; a rollout is therefore judged
+    against others of its own noise (the set of B / repeats noises is there `repeats` times over), or,
+    with one rollout of each, against all. The factor undoes the shrinkage by a rollout's own share.
+    """
+    steps, batch = advantage.shape
+    if repeats == 1:
+        return advantage - advantage.mean(dim=1, keepdim=True)
+    groups = advantage.reshape(steps, repeats, batch // repeats)
+    return (groups - groups.mean(dim=1, keepdim=True)).reshape(steps, batch) * (repeats / (repeats - 1))
 
 
 def critic_loss(critic: Critic, path: Trajectory, advantage: torch.Tensor) -> torch.Tensor:

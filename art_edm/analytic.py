@@ -274,4 +274,6 @@ class EmpiricalDenoiser(ExactDenoiser):
 
 def one_dimensional() -> GaussianDenoiser:
     """The paper's one-dimensional example: data N(0, 1), T = sigma_max = 3; one pixel, [1, 1, 1]."""
-    return GaussianDenoiser(0.0, 1.0, (1, 1, 1), sigma_min=1e-4, sigma_max=3.0)
+    denoiser = GaussianDenoiser(0.0, 1.0, (1, 1, 1), sigma_min=1e-4, sigma_max=3.0)
+    denoiser.pinned = False  # its hand-made rules are the paper's for this example: all the way down
+    return denoiser

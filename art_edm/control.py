@@ -34,8 +34,8 @@ class Environment:
     def __init__(self, clock: Clock, unit: float) -> None:
         self.clock, self.unit = clock, unit
 
-    def reset(self, batch: int, generator: torch.Generator) -> None:
-        """Put `batch` paths at sigma_max."""
+    def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
+        """Put `batch` paths at sigma_max: batch / repeats different noises, the whole set `repeats` times over."""
         raise TypeError(f"{type(self).__name__} does not define reset()")
 
     def weight(self) -> torch.Tensor:
@@ -57,11 +57,11 @@ class CachedEnvironment(Environment):
         self.table = torch.from_numpy(roots)
         self.resolution = resolution
 
-    def reset(self, batch: int, generator: torch.Generator) -> None:
+    def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
         self.s = torch.zeros(batch, dtype=torch.float64)
         shift = int(torch.randint(len(self.table), (1,), generator=generator))
-        rows = (torch.arange(batch) + shift) % len(self.table)  # every trajectory equally often
-        self.offset = rows * (self.resolution + 1)
+        rows = (torch.arange(batch // repeats) + shift) % len(self.table)  # every trajectory equally often
+        self.offset = rows.repeat(repeats) * (self.resolution + 1)
 
     def weight(self) -> torch.Tensor:
         position = (self.s * self.resolution).clamp(0, self.resolution - 1e-6)
@@ -81,8 +81,9 @@ class LiveEnvironment(Environment):
         self.denoiser, self.euler = denoiser, euler
         self.floor = float(clock.fraction(denoiser.sigma_min))
 
-    def reset(self, batch: int, generator: torch.Generator) -> None:
-        latents = torch.randn((batch, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
+    def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
+        shape = (batch // repeats, *self.denoiser.img_shape)
+        latents = torch.randn(shape, generator=generator, dtype=torch.float64).repeat(repeats, 1, 1, 1)
         device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
         self.x = self.denoiser.initial(latents.to(device), self.clock.sigma_max)
         self.s = torch.zeros(batch, dtype=torch.float64)
@@ -122,13 +123,14 @@ class RolloutSettings(NamedTuple):
     epsilon: float  # floor of q in the policy's variance
     horizon: float  # length of the sampling clock
     simpson: bool  # weigh a step by Simpson's rule rather than by q where it starts
+    repeats: int  # rollouts of each noise
 
 
 class Trajectory(NamedTuple):
     """A batch of rollouts; N steps, B paths."""
 
     s: torch.Tensor  # base-clock fraction, [N + 1, B]
-    features: torch.Tensor  # [N, B, 3]
+    features: torch.Tensor  # [N, B, 4]
     action: torch.Tensor  # v, [N, B]
     q: torch.Tensor  # where each step starts, [N, B]
     cost: torch.Tensor  # int q v^2 dt of each step, [N, B]
@@ -142,7 +144,7 @@ def rollout(
     Simpson's rule over the step sees what the start of the step hides: with the left endpoint alone the
     policy learns to leap over the costly region from a cheap point before it.
     """
-    env.reset(batch, generator)
+    env.reset(batch, settings.repeats, generator)
     dtau = 1 / settings.num_steps
     noises = torch.randn((settings.num_steps, batch), generator=generator, dtype=torch.float64)
     rows = {name: [] for name in ("features", "action", "q", "cost")}

@@ -34,6 +34,7 @@ class Denoiser(torch.nn.Module):
         img_channels: C.
         img_resolution: H (= W for networks; an exact distribution may have `img_shape` [C, H, W]).
         label_dim: number of classes, 0 when unconditional.
+        pinned: whether hand-made rules stop at sigma_min before 0, as EDM's does for networks.
         evaluations: images evaluated so far; the unit in which all costs are reported.
     """
 
@@ -41,6 +42,7 @@ class Denoiser(torch.nn.Module):
     sigma_max: float = 80.0
     sigma_data: float = 0.5
     label_dim: int = 0
+    pinned: bool = True
 
     def __init__(self, img_channels: int, img_resolution: int, img_width: Optional[int] = None) -> None:
         super().__init__()

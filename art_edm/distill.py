@@ -18,16 +18,17 @@ from .grid import Grid
 
 __all__ = ["LearnedClock", "distill"]
 
+QUANTILES = (0.005, 0.25, 0.75, 0.995)  # the central 99 % and the quartiles
 MIN_STEP = 1e-6  # least advance of s in one training step: a clock never stands still
 
 
 class LearnedClock(NamedTuple):
-    """s(tau) of a run in its base clock: mean, quartiles and the central 99 %, each [N + 1]."""
+    """s(tau) of a run in its base clock, and how far its trajectories spread around it."""
 
     clock: Clock
-    mean: np.ndarray
-    quartiles: np.ndarray  # [2, N + 1]
-    band: np.ndarray  # [2, N + 1]
+    mean: np.ndarray  # [N + 1]
+    spread: np.ndarray  # 0.5, 25, 75 and 99.5 % quantiles of s, [4, N + 1]
+    theta: np.ndarray  # the same quantiles of theta = dpsi/dt of each step, [4, N]
 
     def sigma(self, tau: np.ndarray) -> np.ndarray:
         """Noise levels at times tau, by a monotone cubic through the mean in the base clock."""
@@ -51,10 +52,11 @@ def distill(paths: np.ndarray, clock: Clock) -> LearnedClock:
         clock: the base clock of s.
     """
     arrived = paths[:, paths[-1] > 0.5]  # a path that is not even half way says nothing about arriving
-    scaled = (arrived if arrived.size else paths) / (arrived if arrived.size else paths)[-1]
-    bounds = np.quantile(scaled, [0.005, 0.25, 0.75, 0.995], axis=1).clip(0, 1)
+    kept = arrived if arrived.size else paths
+    scaled = (kept / kept[-1]).clip(0, 1)
     steps = np.maximum(np.diff(np.maximum.accumulate(scaled.mean(axis=1))), MIN_STEP)
     mean = np.concatenate([[0.0], np.cumsum(steps)])
     mean /= mean[-1]
     mean[-1] = 1.0
-    return LearnedClock(clock, mean, bounds[1:3], bounds[[0, 3]])
+    theta = -np.diff(clock.sigma(scaled), axis=0) * len(steps) / clock.sigma_max  # [N, M]
+    return LearnedClock(clock, mean, *(np.quantile(values, QUANTILES, axis=1) for values in (scaled, theta)))

@@ -266,7 +266,8 @@ def load_provenance(path: PathLike) -> Dict[str, Any]:
         return {}
     data = _read_sidecar(sidecar)
     if data.get("npy_sha256") != sha256_of(path):
-        raise GridError(f"{sidecar}: found the provenance of another file than {path} (npy_sha256 differs); move it away")
+        message = f"found the provenance of another file than {path} (npy_sha256 differs); move it away"
+        raise GridError(f"{sidecar}: {message}")
     return data
 
 

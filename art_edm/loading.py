@@ -86,7 +86,8 @@ def _read(path: Path, kind: type) -> dict:
         raise NetworkError(f"cannot read {path}: {error.strerror}") from None
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = "is empty" if path.stat().st_size == 0 else "is truncated or not a weight file of art_edm"
-        raise NetworkError(f"{path} {reason} ({type(error).__name__}); expected one written by train_mnist.py") from None
+        expected = "expected a weight file written by train_mnist.py"
+        raise NetworkError(f"{path} {reason} ({type(error).__name__}); {expected}") from None
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMATS[kind]:
         raise NetworkError(f"{path} holds {found!r}, expected {FORMATS[kind]!r}; is it a file of train_mnist.py?")
@@ -99,7 +100,8 @@ def _fill(kind: type, content: dict, path: Path) -> torch.nn.Module:
         net.load_state_dict({key: value.float() for key, value in content["state"].items()})
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[0]
-        raise NetworkError(f"{path} does not fit {kind.__name__}: {first}; train it again with train_mnist.py") from None
+        message = f"{path} does not fit {kind.__name__}: {first}; train it again with train_mnist.py"
+        raise NetworkError(message) from None
     return net.eval().requires_grad_(False)
 
 

@@ -108,7 +108,9 @@ def _download(name: str, cached: Path, mirrors: Sequence[str]) -> bytes:
         content = _decompress(reply.content)
         if _is_true(name, content):
             cached.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(cached, lambda file: file.write(reply.content))
+            blob = reply.content
+            atomic_write(cached, lambda file, blob=blob: file.write(blob))
             return content
         failures.append(f"{url}: checksum differs")
-    raise ConnectionError(f"could not download {name} ({'; '.join(failures)}); put the files in a folder and give --data")
+    tried = "; ".join(failures)
+    raise ConnectionError(f"could not download {name} ({tried}); put the files in a folder and give --data")

@@ -2,7 +2,8 @@
 
 Symbols (all in the base clock: v = du/dt, q = |Q| rate^2; in the linear clock v = theta, q = |Q|)
 -------
-features    [..., 3]: time tau = t/T and base-clock fraction s, scaled to [-1, 1], and log(1 + q) of the sample.
+features    [..., 4]: time tau = t/T and base-clock fraction s, scaled to [-1, 1]; how close the end is,
+            log(1 - s), since networks behave in log sigma there; and log(1 + q) of the sample.
             The critic sees all: samples differ in q far more than the policy's choices do, and what the
             critic does not explain is noise to the actor. The policy sees time and s alone, so that it
             distils without loss; with `state` it sees q as well.
@@ -19,10 +20,13 @@ from torch import nn
 
 __all__ = ["Critic", "Policy", "make_features", "sample_action"]
 
+CLOSE = 3e-3  # resolution of log(1 - s)
+
 
 def make_features(tau: float, s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Features of a decision: tau scalar in [0, 1], s [B], q [B] -> [B, 3]."""
-    return torch.stack([torch.full_like(s, 2 * tau - 1), 2 * s.clamp(0, 1.5) - 1, torch.log1p(q)], dim=-1)
+    """Features of a decision: tau scalar in [0, 1], s [B], q [B] -> [B, 4]."""
+    close = (1 - s + CLOSE).clamp_min(CLOSE).log() / -3 - 0.5
+    return torch.stack([torch.full_like(s, 2 * tau - 1), 2 * s.clamp(0, 1.5) - 1, close, torch.log1p(q)], dim=-1)
 
 
 def _mlp(inputs: int, width: int, generator: torch.Generator) -> nn.Sequential:
@@ -53,17 +57,17 @@ class Policy(nn.Module):
         self, generator: torch.Generator, state: bool = False, arrive: Optional[float] = None, width: int = 32
     ) -> None:
         super().__init__()
-        self.inputs, self.arrive = 3 if state else 2, arrive
+        self.inputs, self.arrive = 4 if state else 3, arrive
         self.net = _mlp(self.inputs, width, generator)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """features [..., 3] -> mean [...]."""
+        """features [..., 4] -> mean [...]."""
         log_factor = self.net(features[..., : self.inputs]).squeeze(-1)
         if self.arrive is None:
             return log_factor.exp()
         time_left, left = (1 - features[..., 0]) / 2, (1 - features[..., 1]) / 2
         say = 1 - self.arrive / time_left
-        return left.clamp_min(0.01) / time_left * (say * log_factor).exp()
+        return left.clamp_min(1e-4) / time_left * (say * log_factor).exp()
 
 
 class Critic(nn.Module):
@@ -71,10 +75,10 @@ class Critic(nn.Module):
 
     def __init__(self, generator: torch.Generator, width: int = 32) -> None:
         super().__init__()
-        self.net = _mlp(3, width, generator)
+        self.net = _mlp(4, width, generator)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """features [..., 3] -> value [...]."""
+        """features [..., 4] -> value [...]."""
         remaining = (1 - features[..., 0]) / 2  # 1 - tau
         return remaining * self.net(features).squeeze(-1)
 

@@ -12,20 +12,31 @@ the draws of an uninterrupted one.
 
 from __future__ import annotations
 
+import io
+import math
+import pickle
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch.nn import functional
 
+from .evaluation import seeded_generator
 from .features import LeNet
 from .files import atomic_write
 from .progress import GracefulStop, Progress, Stopped
 from .unet import ScoreUNet
 
-__all__ = ["ScoreConfig", "score_loss", "stratified_sigma", "train_lenet", "train_score"]
+__all__ = [
+    "ScoreConfig", "read_checkpoint", "read_snapshot", "score_loss", "snapshot_path", "stratified_sigma", "train_lenet",
+    "train_score",
+]
+
+# What torch.load raises for a file that is truncated (an OSError too), or of another kind.
+_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ def _step(
     net: ScoreUNet, ema: ScoreUNet, optimizer: torch.optim.Optimizer, images: torch.Tensor, config: ScoreConfig, it: int
 ) -> float:
     """One optimizer step and one step of the average; returns the loss."""
-    rng = torch.Generator().manual_seed((config.seed << 32) + it)
+    rng = seeded_generator(config.seed, it)
     y = images[torch.randint(len(images), (config.batch,), generator=rng)]
     sigma = stratified_sigma(config.batch, config.sigma_mean, config.sigma_std, rng)
     n = torch.randn(y.shape, generator=rng)
@@ -83,6 +94,19 @@ def _step(
     return float(loss.detach())
 
 
+def _parts(images: torch.Tensor, config: ScoreConfig, device: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """What the network is built with, and all that a checkpoint holds the state of, by name."""
+    torch.manual_seed(config.seed)
+    std, mean = torch.std_mean(images)
+    size = dict(img_resolution=images.shape[-1], img_channels=images.shape[1])
+    build = dict(size, sigma_data=float(std), data_mean=float(mean))
+    net, ema = (ScoreUNet(**build).to(device, memory_format=torch.channels_last) for _ in range(2))
+    ema.load_state_dict(net.state_dict())
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
+    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    return build, parts
+
+
 def train_score(
     images: torch.Tensor, config: ScoreConfig, checkpoint: Path, resume: bool, device: str = "cpu",
     quiet: bool = False, save_every: int = 250, snapshot_every: Optional[int] = None,
@@ -97,30 +121,23 @@ def train_score(
         dict with `ema` (the averaged network), `losses` (mean per `save_every` steps), `seconds`.
     Raises:
         Stopped: Ctrl-C or SIGTERM; the checkpoint is written.
-        ValueError: the checkpoint is of other settings.
+        ValueError: the checkpoint is damaged, or of other settings or images.
     """
-    torch.manual_seed(config.seed)
-    std, mean = torch.std_mean(images)
-    build = dict(img_resolution=images.shape[-1], img_channels=images.shape[1], sigma_data=float(std), data_mean=float(mean))
-    net, ema = (ScoreUNet(**build).to(device, memory_format=torch.channels_last) for _ in range(2))
-    ema.load_state_dict(net.state_dict())
-    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
+    build, parts = _parts(images, config, device)
+    net, ema, optimizer = parts.values()
     log: Dict[str, Any] = {"iteration": 0, "seconds": 0.0, "losses": [], "running": 0.0}
     if resume and checkpoint.exists():
-        log = _restore(checkpoint, config, parts)
+        log = _restore(checkpoint, config, build, parts)
     progress = Progress(config.iterations, "score network", quiet, log["iteration"])
     began = time.monotonic() - log["seconds"]
 
     def save() -> None:
         log["seconds"] = time.monotonic() - began
         state = {name: part.state_dict() for name, part in parts.items()}
-        state.update(log=log, config=asdict(config), build=build)
-        atomic_write(checkpoint, lambda file: torch.save(state, file))
+        _save(checkpoint, {**state, "log": log, "config": asdict(config), "build": build})
         if snapshot_every and log["iteration"] % snapshot_every == 0:
-            snapshot = {"config": ema.config, "state": ema.state_dict(), "seconds": log["seconds"]}
-            path = checkpoint.with_name(f"ema_{log['iteration']:06d}.pt")
-            atomic_write(path, lambda file: torch.save(snapshot, file))
+            snapshot = {"config": ema.config, "state": state["ema"], "seconds": log["seconds"]}
+            _save(snapshot_path(checkpoint, log["iteration"]), snapshot)
 
     with GracefulStop() as stop:
         for it in range(log["iteration"], config.iterations):
@@ -139,13 +156,52 @@ def train_score(
     return {"ema": ema, "losses": log["losses"], "seconds": log["seconds"]}
 
 
-def _restore(checkpoint: Path, config: ScoreConfig, parts: Dict[str, Any]) -> Dict[str, Any]:
-    """Load all state into `parts`; returns the log."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+def _save(path: Path, content: Dict[str, Any]) -> None:
+    buffer = io.BytesIO()  # torch.save on a full disk ends in a RuntimeError of its own; plain bytes in an OSError
+    torch.save(content, buffer)
+    atomic_write(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def read_checkpoint(checkpoint: Path, config: ScoreConfig) -> Dict[str, Any]:
+    """The state that `train_score` saved; raises a ValueError if it is damaged, foreign or of other settings."""
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        saved = {key: state["config"].get(key) for key in asdict(config)}
+    except (*_DAMAGED, AttributeError, TypeError) as error:
+        what = f"damaged or not a checkpoint of the score network ({type(error).__name__})"
+        raise ValueError(f"{checkpoint} is {what}; remove it to start again") from None
     for key, value in asdict(config).items():
-        found = state["config"].get(key)
-        if found != value:
-            raise ValueError(f"{checkpoint} was trained with {key}={found}, not {value}; use that or remove the file")
+        if saved[key] != value:
+            found = f"{key}={saved[key]}, not {value}"
+            raise ValueError(f"{checkpoint} was trained with {found}; use that or remove the file")
+    return state
+
+
+def snapshot_path(checkpoint: Path, iteration: int) -> Path:
+    """Where `train_score` keeps the averaged weights after `iteration` steps."""
+    return checkpoint.with_name(f"ema_{iteration:06d}.pt")
+
+
+def read_snapshot(path: Path, device: str = "cpu") -> Tuple[ScoreUNet, float]:
+    """The averaged network of a snapshot, and the seconds of training until then; a ValueError if it is damaged."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        net = ScoreUNet(**content["config"])
+        net.load_state_dict(content["state"])
+        seconds = float(content["seconds"])
+    except (*_DAMAGED, AttributeError, TypeError) as error:
+        what = f"damaged or not a snapshot ({type(error).__name__})"
+        raise ValueError(f"{path} is {what}; remove it to go without") from None
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), seconds
+
+
+def _restore(checkpoint: Path, config: ScoreConfig, build: Dict[str, Any], parts: Dict[str, Any]) -> Dict[str, Any]:
+    """Load all state into `parts`; returns the log."""
+    state = read_checkpoint(checkpoint, config)
+    for key, value in build.items():  # not to the last bit: a mean depends on the number of threads
+        if not math.isclose(state["build"][key], value, rel_tol=1e-4, abs_tol=1e-4):
+            found = f"{key}={state['build'][key]}, not {value}"
+            raise ValueError(f"{checkpoint} was trained on images of {found}; use those or remove the file")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return dict(state["log"])
@@ -154,7 +210,10 @@ def _restore(checkpoint: Path, config: ScoreConfig, parts: Dict[str, Any]) -> Di
 def train_lenet(
     images: torch.Tensor, labels: torch.Tensor, epochs: int = 12, batch: int = 128, seed: int = 0, quiet: bool = False
 ) -> LeNet:
-    """Train LeNet on images [N, 1, 28, 28] in [-1, 1] and labels [N]; Adam, cosine to zero."""
+    """Train LeNet on images [N, 1, 28, 28] in [-1, 1] and labels [N]; Adam, cosine to zero.
+
+    Raises a `Stopped` on Ctrl-C or SIGTERM; nothing is kept of the minute or two this takes.
+    """
     torch.manual_seed(seed)
     net = LeNet()
     steps = epochs * (len(images) // batch)
@@ -163,15 +222,19 @@ def train_lenet(
     progress = Progress(steps, "LeNet", quiet)
     rng = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    for step in range(steps):
-        if len(order) < batch:
-            order = torch.randperm(len(images), generator=rng)
-        pick, order = order[:batch], order[batch:]
-        loss = functional.cross_entropy(net(images[pick]), labels[pick])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.update(step + 1)
+    with GracefulStop() as stop:
+        for step in range(steps):
+            if len(order) < batch:
+                order = torch.randperm(len(images), generator=rng)
+            pick, order = order[:batch], order[batch:]
+            loss = functional.cross_entropy(net(images[pick]), labels[pick])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update(step + 1)
+            if stop.requested:
+                progress.close()
+                raise Stopped("stopped while training LeNet, which starts anew")
     progress.close()
     return net.eval()

@@ -27,9 +27,11 @@ from .denoiser import Denoiser
 from .field import Surrogate, surrogate
 from .grid import Grid
 
-__all__ = ["Profile", "advance", "measure_profile"]
+__all__ = ["Profile", "advance", "measure_profile", "place_points"]
 
 FINE = 8192  # intervals of the quadratures; their cost is nothing
+TINY = 1e-30  # |Q| is exactly zero where an empirical posterior has settled on one image
+LOG_SHARE = 0.25  # share of the profile's points that is placed by log sigma
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,15 @@ class Profile:
     """|Q| along M trajectories at P noise levels, and what follows from it.
 
     Attributes:
-        clock: base clock in which the points are equally spaced.
-        fraction: [P], from 0 to the fraction of the lowest noise level that was evaluated.
-        norm: |Q|, [M, P]. Below the last point |Q| is held constant: what a network returns there is
+        clock: base clock of the quadratures.
+        sigma: noise levels [P], from sigma_max down to the lowest that was evaluated.
+        norm: |Q|, [M, P]. Below the last level |Q| is held constant: what a network returns there is
             its own noise.
         evaluations, seconds: cost of measuring it.
     """
 
     clock: Clock
-    fraction: np.ndarray
+    sigma: np.ndarray
     norm: np.ndarray
     evaluations: int
     seconds: float
@@ -59,21 +61,23 @@ class Profile:
     def norms(self, sigma: np.ndarray) -> np.ndarray:
         """|Q| of every trajectory at any noise levels [n]: [M, n].
 
-        sqrt|Q| rate is interpolated linearly in the base clock, where it is nearly flat.
+        log|Q| is interpolated linearly in log sigma: exact for a power law, which |Q| is close to at
+        both ends (sigma^-3 far above the data, 1/sigma in a network's own noise far below).
         """
-        roots = np.sqrt(self.norm) * self.clock.rate(self.fraction)  # [M, P]
-        s = np.minimum(self.clock.fraction(sigma), self.fraction[-1])
-        right = np.clip(np.searchsorted(self.fraction, s), 1, len(self.fraction) - 1)
-        left = right - 1
-        w = (s - self.fraction[left]) / (self.fraction[right] - self.fraction[left])
-        return np.square(((1 - w) * roots[:, left] + w * roots[:, right]) / self.clock.rate(s))
+        level = np.log(np.clip(sigma, self.sigma[-1], self.sigma[0]))
+        known, values = np.log(self.sigma[::-1]), np.log(np.maximum(self.norm[:, ::-1], TINY))  # ascending in sigma
+        right = np.clip(np.searchsorted(known, level), 1, len(known) - 1)
+        w = (level - known[right - 1]) / (known[right] - known[right - 1])
+        return np.exp((1 - w) * values[:, right - 1] + w * values[:, right])
 
     def _table(self) -> dict:
         """Quadratures on a fine grid of the base clock, computed once."""
         if not self._fine:
-            s = np.linspace(0, 1, FINE + 1)
+            # Equal steps of the clock, and of log sigma for what a network does at its lowest levels.
+            low = np.geomspace(self.sigma[-1], self.sigma[0], FINE // 8)
+            s = np.unique(np.concatenate([np.linspace(0, 1, FINE + 1), self.clock.fraction(low).clip(0, 1)]))
             sigma, dpsi = self.clock.sigma(s), self.clock.rate(s) * self.horizon  # dpsi / ds
-            norms = self.norms(sigma)  # [M, FINE + 1]
+            norms = self.norms(sigma)  # [M, n]
             q = norms.mean(axis=0)
             self._fine.update(
                 s=s, q=q, root=_cumulative(np.sqrt(q) * dpsi, s), cost=_cumulative(q * dpsi, s),
@@ -148,6 +152,19 @@ def advance(x: torch.Tensor, point: Surrogate, sigma: torch.Tensor, target: torc
     return ratio * x + base * (1 - ratio) - point.slope * target * ratio.log()
 
 
+def place_points(clock: Clock, sigma_min: float, points: int) -> np.ndarray:
+    """Noise levels [P] from sigma_max to sigma_min: equally spaced in a mix of the clock and of log sigma.
+
+    The clock alone is right for the data; log sigma sees what a network does at its lowest levels.
+    """
+    sigma = np.geomspace(clock.sigma_max, sigma_min, 4096)
+    s = clock.fraction(sigma)
+    mixed = (1 - LOG_SHARE) * s / s[-1] + LOG_SHARE * np.linspace(0, 1, len(sigma))
+    levels = np.exp(np.interp(np.linspace(0, 1, points), mixed, np.log(sigma)))
+    levels[0], levels[-1] = clock.sigma_max, sigma_min
+    return levels
+
+
 def measure_profile(
     denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = 64,
     class_labels: Optional[torch.Tensor] = None, on_step: Optional[Callable[[int], None]] = None,
@@ -156,17 +173,14 @@ def measure_profile(
 
     Args:
         latents: unit normal noise, [M, C, H, W].
-        clock: base clock; its points are equally spaced down to the denoiser's sigma_min.
-        points: P, at least 2.
+        clock: base clock of the quadratures, and for three quarters of the points' placement.
+        points: P, at least 2; noise levels from sigma_max to the denoiser's sigma_min.
         on_step: called with the number of images evaluated so far.
     Raises:
         NonFiniteOutput: the denoiser returned NaN or infinity; the message names the noise level.
     """
     began, start = time.perf_counter(), denoiser.evaluations
-    last = float(clock.fraction(denoiser.sigma_min))
-    fraction = np.linspace(0, last, points)
-    levels = clock.sigma(fraction)  # [P]
-    levels[-1] = denoiser.sigma_min
+    levels = place_points(clock, denoiser.sigma_min, points)
     rows = []
     for part in range(0, len(latents), batch):
         x = denoiser.initial(latents[part : part + batch], clock.sigma_max)  # [b, C, H, W]
@@ -182,4 +196,4 @@ def measure_profile(
                 on_step(denoiser.evaluations - start)
         rows.append(torch.stack(columns, dim=1))  # [b, P]
     norm = torch.cat(rows).cpu().numpy()
-    return Profile(clock, fraction, norm, denoiser.evaluations - start, time.perf_counter() - began)
+    return Profile(clock, levels, norm, denoiser.evaluations - start, time.perf_counter() - began)

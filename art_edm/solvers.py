@@ -105,7 +105,9 @@ def sample(
     return torch.cat(parts)
 
 
-def _integrate(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, step: Step, on_step: Optional[OnStep]) -> torch.Tensor:
+def _integrate(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, step: Step, on_step: Optional[OnStep]
+) -> torch.Tensor:
     """Follow dx/dsigma through the levels sigma [K + 1]; they need not end at 0."""
     for k, level in enumerate(sigma.tolist()[1:], start=1):
         take = euler_step if level == 0 else step

@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import torch
 
-from .actor_critic import actor_loss, advantages, critic_loss, multiplier_step, rewards, temporal_differences
+from .actor_critic import actor_loss, advantages, centre, critic_loss, multiplier_step, rewards, temporal_differences
 from .clock import Clock, ComposedClock, make_clock
 from .control import CachedEnvironment, Environment, LiveEnvironment, RolloutSettings, rollout
 from .denoiser import Denoiser
@@ -31,8 +31,9 @@ from .policy import Critic, Policy
 from .profile import Profile, measure_profile
 from .progress import GracefulStop, Progress, Stopped
 
-__all__ = ["CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "train"]
+__all__ = ["CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "live", "train"]
 
+PLAIN = ("iteration", "gamma", "round", "history", "evaluations", "seconds")  # state that is saved as it is
 SAVE_SECONDS = 5.0  # between checkpoints; a result never depends on it
 
 
@@ -53,15 +54,16 @@ class TrainConfig:
     clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
     clock_sigma_data: Optional[float] = None  # of the Gaussian clock; None: the denoiser's own
     rounds: int = 2  # times to start again from the learned clock
-    iterations: int = 400  # over all rounds
-    batch: int = 128  # rollouts per iteration
+    iterations: int = 300  # over all rounds
+    batch: int = 256  # rollouts per iteration
+    repeats: int = 8  # of which so many of each noise; their mean is the baseline
     train_steps: int = 64  # N, steps of a rollout; finer than the deployed K
-    exploration: float = 0.15  # rho: relative noise of the policy at the optimum
+    exploration: float = 0.2  # rho: relative noise of the policy at the optimum
     temperature: Optional[float] = None  # lambda of (11) in the units of |Q|; None: (rho c)^2
     epsilon: float = 0.1  # floor of q in the policy's variance, in units of c^2 (of |Q| when not normalised)
     normalise: bool = True  # measure cost in units of c^2 and time in units of T
     trace: float = 0.99  # weight of later temporal differences; 0 is (29) itself
-    baseline: bool = True  # subtract the mean advantage of each time, scale to unit variance
+    baseline: bool = True  # subtract the mean advantage of each time and noise, scale to unit variance
     simpson: bool = True  # weigh a step by Simpson's rule; False: by q at its start
     euler: bool = False  # live paths follow Euler steps of (5)
     state: bool = False  # the policy, too, sees q of the sample
@@ -69,7 +71,7 @@ class TrainConfig:
     penalty: float = 20.0  # quadratic terminal term
     multiplier: float = -2.0  # gamma at the start; -2 c is its value at the optimum
     multiplier_rate: float = 0.3  # step of (30)
-    actor_rate: float = 3e-3
+    actor_rate: float = 6e-3
     critic_rate: float = 1e-2
     optimizer: str = "adam"  # adam; sgd: the plain steps of (29)
     decay: bool = True  # steps shrink linearly within a round
@@ -82,12 +84,17 @@ PRESETS: Dict[str, TrainConfig] = {
     # The paper's literal recipe: raw physical time, one live trajectory per iteration, TD(0), fixed lambda.
     # Its number of steps is the deployed K (train_steps is set to it by the caller).
     "paper": replace(
-        _DEFAULT, preset="paper", rollout="live", clock="linear", rounds=1, iterations=5000, batch=1, train_steps=18,
-        temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False, simpson=False, euler=True, state=True,
-        arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-4, critic_rate=1e-4, optimizer="sgd",
-        decay=False, keep=100,
+        _DEFAULT, preset="paper", rollout="live", clock="linear", rounds=1, iterations=5000, batch=1, repeats=1,
+        train_steps=18, temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False, simpson=False,
+        euler=True, state=True, arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-4,
+        critic_rate=1e-4, optimizer="sgd", decay=False, keep=100,
     ),
 }
+
+
+def live(config: TrainConfig) -> TrainConfig:
+    """`config` with the sizes that suit rollouts which cost evaluations: 3 (2 N + 1) per path and iteration."""
+    return replace(config, rollout="live", batch=16, repeats=4, train_steps=24, rounds=1, iterations=100, keep=256)
 
 
 @dataclass
@@ -241,7 +248,7 @@ class _Run:
         scale = config.train_steps if config.normalise else 1  # Adam does not care; it keeps losses comparable
         losses = {"critic": critic_loss(critic, path, advantage) / scale}
         if config.baseline:
-            advantage = advantage - advantage.mean(dim=1, keepdim=True)
+            advantage = centre(advantage, config.repeats)
             advantage = advantage / (advantage.std() + 1e-12)
         losses["policy"] = actor_loss(policy, path, advantage, settings) / scale
         for name, base_rate in (("policy", config.actor_rate), ("critic", config.critic_rate)):
@@ -279,7 +286,7 @@ class _Run:
         chosen = config.exploration**2 * profile.optimum / profile.horizon
         temperature = (chosen if config.temperature is None else config.temperature) / self._unit()
         horizon = 1.0 if config.normalise else profile.horizon
-        return RolloutSettings(config.train_steps, temperature, config.epsilon, horizon, config.simpson)
+        return RolloutSettings(config.train_steps, temperature, config.epsilon, horizon, config.simpson, config.repeats)
 
     def _paths(self) -> np.ndarray:
         return np.concatenate(self.state.paths, axis=1)[:, -self.config.keep :]
@@ -307,14 +314,14 @@ class _Run:
         if self.checkpoint is None:
             return False
         state = self.state
-        content = {name: getattr(state, name) for name in ("iteration", "gamma", "round", "history", "evaluations", "seconds")}
+        content = {name: getattr(state, name) for name in PLAIN}
         for name in ("knots", "paths"):
             content[name] = [torch.from_numpy(array.copy()) for array in getattr(state, name)]
         content["parts"] = {name: part.state_dict() for name, part in state.parts.items()}
         if state.profile is not None:
             p = state.profile
             content["profile"] = {
-                "fraction": torch.from_numpy(p.fraction), "norm": torch.from_numpy(p.norm),
+                "sigma": torch.from_numpy(p.sigma), "norm": torch.from_numpy(p.norm),
                 "evaluations": p.evaluations, "seconds": p.seconds,
             }
         content["settings"] = self.settings
@@ -341,12 +348,12 @@ class _Run:
             self._begin_round(content["round"])
             for name, part in state.parts.items():
                 part.load_state_dict(content["parts"][name])
-        for name in ("iteration", "gamma", "history", "evaluations", "seconds"):
+        for name in PLAIN:
             setattr(state, name, content[name])
         for name in ("knots", "paths"):
             setattr(state, name, [tensor.numpy() for tensor in content[name]])
         if "profile" in content:
             p = content["profile"]
             state.profile = Profile(
-                self.profile_clock, p["fraction"].numpy(), p["norm"].numpy(), p["evaluations"], p["seconds"]
+                self.profile_clock, p["sigma"].numpy(), p["norm"].numpy(), p["evaluations"], p["seconds"]
             )

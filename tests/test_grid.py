@@ -125,7 +125,9 @@ def edm_by_torch(num_steps, sigma_min, sigma_max, rho, intervals):
     return ((top + step / intervals * (bottom - top)) ** rho).numpy()
 
 
-@pytest.mark.parametrize(("sigma_min", "sigma_max", "rho"), [(0.002, 80, 7), (0.002, 80.0, 7.0), (1e-4, 3, 5), (0.01, 50, 1.7)])
+@pytest.mark.parametrize(
+    ("sigma_min", "sigma_max", "rho"), [(0.002, 80, 7), (0.002, 80.0, 7.0), (1e-4, 3, 5), (0.01, 50, 1.7)]
+)
 def test_edm_has_the_bits_of_torch(sigma_min, sigma_max, rho):
     for num_steps in (*range(2, 65), 256, 1000):
         values = edm(num_steps, sigma_min, sigma_max, rho).values
@@ -149,7 +151,9 @@ def test_closed_forms():
     np.testing.assert_allclose(np.diff(roots), np.full(9, roots[1] - roots[0]), rtol=1e-12)
 
 
-@given(st.integers(1, 300), st.floats(1e-4, 0.1), st.floats(1.0, 200.0), st.floats(1.5, 12.0), st.sampled_from(list(RULES)))
+@given(
+    st.integers(1, 300), st.floats(1e-4, 0.1), st.floats(1.0, 200.0), st.floats(1.5, 12.0), st.sampled_from(list(RULES))
+)
 @settings(deadline=None)
 def test_every_rule_makes_a_grid_with_exact_ends(num_steps, sigma_min, sigma_max, rho, name):
     grid = RULES[name](num_steps, sigma_min, sigma_max, rho)
@@ -175,7 +179,8 @@ def test_bad_number_of_steps(name, num_steps):
 
 @pytest.mark.parametrize(("sigma_min", "sigma_max", "rho", "message"), [
     (0.0, 80, 7, "sigma_min = 0"), (-1, 80, 7, "sigma_min = -1"), (math.nan, 80, 7, "sigma_min = nan"),
-    (80, 80, 7, "sigma_min = 80, expected less than"), (90, 80, 7, "sigma_min = 90"), (0.1, math.inf, 7, "sigma_max = inf"),
+    (80, 80, 7, "sigma_min = 80, expected less than"), (90, 80, 7, "sigma_min = 90"),
+    (0.1, math.inf, 7, "sigma_max = inf"),
     (0.1, 80, 0, "rho = 0"), (0.1, 80, -7, "rho = -7"), (0.1, 80, math.nan, "rho = nan"), (0.1, 80, 1e-4, "overflows"),
 ])
 def test_bad_parameters(sigma_min, sigma_max, rho, message):

@@ -202,17 +202,15 @@ def test_show_without_or_with_a_stale_sidecar(run):
 def test_show_plots(run, num_steps):
     pytest.importorskip("matplotlib")
     run("edm", f"--steps={num_steps}", "--out=g.npy")
-    assert "wrote g.png" in run("show", "g.npy", "--plot=g.png").output
+    assert "wrote g.png" in run("show", "g.npy", "--plot").output
     assert Path("g.png").read_bytes().startswith(b"\x89PNG")
-    assert_refused(run("show", "g.npy", "--plot=g.xyz"), "xyz")
-    assert_refused(run("show", "g.npy", "--plot=no/g.png"), "there is no folder")
     assert files() == ["g.json", "g.npy", "g.png"]
 
 
 def test_show_without_matplotlib(run, monkeypatch):
     run("edm", "--steps=4", "--out=g.npy")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert_refused(run("show", "g.npy", "--plot=g.png"), "pip install 'art_edm[plot]'")
+    assert_refused(run("show", "g.npy", "--plot"), "pip install 'art_edm[plot]'")
     assert run("show", "g.npy").exit_code == 0 and files() == ["g.json", "g.npy"]
 
 

@@ -168,7 +168,8 @@ def test_pure_noise_starts_at_sigma_max_and_no_graph_is_kept():
 
 def test_levels_are_rounded_to_the_model():
     seen = []
-    x = sample(Rounding(), torch.ones(1, 1, 1, 1), Grid([9.8, 4.3, 1.2, 0.0]), "euler", None, lambda k, s, x: seen.append(s))
+    levels = Grid([9.8, 4.3, 1.2, 0.0])
+    x = sample(Rounding(), torch.ones(1, 1, 1, 1), levels, "euler", None, lambda k, s, x: seen.append(s))
     assert seen == [4.0, 1.0, 0.0]
     exact = sample(Gaussian(), torch.ones(1, 1, 1, 1), Grid([10.0, 4.0, 1.0, 0.0]), "euler")
     torch.testing.assert_close(x, exact, rtol=1e-12, atol=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -13,7 +12,8 @@ import click
 from click.core import ParameterSource
 
 from art_edm import grid as grids
-from art_edm.files import atomic_write, check_destination, sha256_of
+from art_edm.cli import Group
+from art_edm.files import check_destination, sha256_of
 from art_edm.grid import (
     RULES,
     Grid,
@@ -24,31 +24,12 @@ from art_edm.grid import (
     resample,
     save_grid,
 )
+from art_edm.plots import check_plotting, plot_grid
 
 FILE = click.Path(path_type=Path)
 
 
-class OneLineErrors(click.Group):
-    """A group of commands whose user errors are one line on stderr and exit code 2, never a traceback."""
-
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        """As `click.Group.main`, with ValueError and OSError taken as user errors too."""
-        try:
-            result = super().main(*args, standalone_mode=False, **kwargs)
-        except click.Abort:
-            sys.exit("Aborted")
-        except (click.ClickException, ValueError, OSError) as error:
-            if not standalone_mode:
-                raise
-            text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            click.echo(f"Error: {' '.join(text.split())}", err=True)
-            sys.exit(2)
-        if standalone_mode:
-            sys.exit(result if isinstance(result, int) else 0)
-        return result
-
-
-@click.group(cls=OneLineErrors, invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def main(context: click.Context) -> None:
     """Make, resample and show noise-level grids.
@@ -60,7 +41,7 @@ def main(context: click.Context) -> None:
     Examples:
       python tools/make_grid.py edm --steps=18 --out=edm-18.npy
       python tools/make_grid.py resample edm-18.npy --steps=9
-      python tools/make_grid.py show edm-9.npy --plot=edm-9.png
+      python tools/make_grid.py show edm-9.npy --plot
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -170,24 +151,30 @@ def resample_command(source: Path, steps: int, out: Optional[Path]) -> None:
 
 @main.command("show")
 @click.argument("source", type=FILE, metavar="FILE.npy")
-@click.option("--plot", type=FILE, metavar="FILE.png",
-              help="Draw the grid beside the edm, dpm and uniform rules of the same number of steps.")
-def show_command(source: Path, plot: Optional[Path]) -> None:
+@click.option("--plot", is_flag=True,
+              help="Draw it, as FILE.png, beside the edm, dpm and uniform rules of the same number of steps.")
+def show_command(source: Path, plot: bool) -> None:
     """Print a grid's values, its steps, the checks it passed and its origin.
 
     \b
     Example:
-      python tools/make_grid.py show art-18.npy --plot=art-18.png
+      python tools/make_grid.py show art-18.npy --plot
     """
     grid = load_grid(source)
-    figure = draw(grid, source.stem, check_destination(plot)) if plot else None
+    picture = source.with_suffix(".png") if plot else None
+    if picture:
+        check_plotting()
+        check_destination(picture)
+        sigma_min = min(0.002, grid.sigma_max / 1000)  # the usual one of EDM, in place on small scales too
+        rules = {name: RULES[name](grid.num_steps, sigma_min, grid.sigma_max, 7) for name in ("uniform", "dpm", "edm")}
+        plot_grid(picture, {**rules, source.stem: grid})
     origin, note = provenance_of(source)
     click.echo(f"{source}: {describe(grid)}")
     click.echo("\n".join(table(grid)))
     click.echo("checks passed: one dimension, real floats, finite, strictly descending, only the last value is 0")
     click.echo(f"provenance: {note or (json.dumps(origin, indent=1) if origin else 'no sidecar')}")
-    if figure:
-        click.echo(f"wrote {figure}")
+    if picture:
+        click.echo(f"wrote {picture}")
 
 
 def table(grid: Grid) -> List[str]:
@@ -199,25 +186,6 @@ def table(grid: Grid) -> List[str]:
         ratio = f"{sigma / after:.4g}" if after else "-"
         lines.append(f"{i:>6} {sigma:>12.6g} {sigma - after:>12.6g} {ratio:>8}")
     return [*lines, f"{grid.num_steps:>6} {0:>12}"]
-
-
-def draw(grid: Grid, label: str, path: Path) -> Path:
-    """Positive noise levels over the step, on a log axis, beside the rules."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not installed; pip install 'art_edm[plot]'") from None
-    axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
-    sigma_min = min(0.002, grid.sigma_max / 1000)  # the usual one of EDM, in place on small scales too
-    for name, style in (("edm", ".-"), ("dpm", ".--"), ("uniform", ".:")):
-        values = RULES[name](grid.num_steps, sigma_min, grid.sigma_max, 7).values
-        axes.plot(values[:-1], style, color="0.6", linewidth=1, label=name)
-    axes.plot(grid.values[:-1], "o-", color="C3", markersize=4, label=label)
-    axes.set(xlabel="step (the final 0 is not drawn)", ylabel="sigma", yscale="log")
-    axes.legend()
-    kind = path.suffix[1:] or "png"
-    atomic_write(path, lambda file: axes.figure.savefig(file, format=kind, dpi=150))
-    return path
 
 
 if __name__ == "__main__":

@@ -1,0 +1,290 @@
+"""Environments and rollouts: cached against live, cost against the profile, Simpson's rule, the floor, rewards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.polynomial.hermite_e import hermegauss
+
+from art_edm.actor_critic import rewards
+from art_edm.analytic import GaussianDenoiser, one_dimensional
+from art_edm.clock import EdmClock, GaussianClock, LinearClock
+from art_edm.control import CachedEnvironment, LiveEnvironment, RolloutSettings, Trajectory, rollout
+from art_edm.field import DIFFERENCE_STEP
+from art_edm.policy import Policy, sample_action
+from art_edm.profile import Profile, measure_profile
+
+SHAPE = (1, 3, 3)
+BATCH = 6
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def anisotropic(kind: type = GaussianDenoiser) -> GaussianDenoiser:
+    return kind(draw(*SHAPE), 0.02 + draw(*SHAPE, seed=1).square(), SHAPE)
+
+
+LATENTS = draw(BATCH, *SHAPE, seed=2)
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    model = anisotropic()
+    return measure_profile(model, LATENTS, GaussianClock(80.0, model.sigma_data), points=200)
+
+
+class FixedLive(LiveEnvironment):
+    """Live, from given latents: takes nothing from the generator."""
+
+    latents = LATENTS
+
+    def reset(self, batch, generator):
+        super().reset(batch, torch.Generator())
+        self.x = self.denoiser.initial(self.latents, self.clock.sigma_max)
+
+
+class FixedCached(CachedEnvironment):
+    """Cached, path i on trajectory i: takes nothing from the generator."""
+
+    def reset(self, batch, generator):
+        super().reset(batch, torch.Generator())
+        self.offset = torch.arange(batch) * (self.resolution + 1)
+
+
+class Speeds(torch.nn.Module):
+    """A policy of given speeds, one for each step."""
+
+    def __init__(self, speeds) -> None:
+        super().__init__()
+        self.speeds, self.k = list(speeds), 0
+
+    def forward(self, features):
+        self.k += 1
+        return torch.full(features.shape[:-1], self.speeds[self.k - 1], dtype=torch.float64)
+
+
+def settings(steps: int, temperature: float = 0.0, horizon: float = 1.0, simpson: bool = True, epsilon: float = 0.1):
+    return RolloutSettings(steps, temperature, epsilon, horizon, simpson)
+
+
+def generator(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def lively(state: bool, arrive: bool, steps: int) -> Policy:
+    """A policy that depends on all its features."""
+    policy = Policy(generator(3), state, 1 / steps if arrive else None)
+    with torch.no_grad():
+        policy.net[-1].weight.normal_(std=0.3, generator=generator(4))
+    return policy
+
+
+def costs(path: Trajectory) -> np.ndarray:
+    return path.cost.sum(dim=0).numpy()
+
+
+@pytest.mark.parametrize("simpson", [True, False])
+@pytest.mark.parametrize("state, arrive", [(True, False), (False, True)])
+def test_cached_and_live_rollouts_are_the_same_process(profile, state, arrive, simpson):
+    model, clock, steps = anisotropic(), GaussianClock(80.0, 1.0), 64
+    unit = profile.optimum / 80
+    how = settings(steps, temperature=0.15**2, simpson=simpson)
+    live, cached, other = (
+        rollout(env, lively(state, arrive, steps), how, BATCH, generator(seed))
+        for env, seed in (
+            (FixedLive(model, clock, unit), 7), (FixedCached(profile, clock, unit), 7),
+            (FixedCached(profile, clock, unit), 8),
+        )
+    )
+    # The path's integrator (order 2 in steps of 1/64) and the table's interpolation leave half a per cent.
+    np.testing.assert_allclose(costs(cached), costs(live), rtol=5e-3)
+    np.testing.assert_allclose(cached.s[1:], live.s[1:], rtol=5e-3)
+    np.testing.assert_allclose(cached.q, live.q, rtol=2e-2)
+    assert np.abs(costs(other) / costs(live) - 1).max() > 2e-2  # other noises
+    swapped = FixedLive(model, clock, unit)
+    swapped.latents = LATENTS.flip(0)
+    assert np.abs(costs(rollout(swapped, lively(state, arrive, steps), how, BATCH, generator())) / costs(cached) - 1).max() > 2e-2
+
+
+def test_cached_paths_use_every_trajectory_equally(profile):
+    env = CachedEnvironment(profile, profile.clock, 1.0)
+    seen = set()
+    for seed in range(20):
+        env.reset(5 * BATCH, generator(seed))
+        rows = env.offset // (env.resolution + 1)
+        assert torch.bincount(rows).tolist() == [5] * BATCH
+        seen.add(int(rows[0]))
+    assert len(seen) > 1  # a batch smaller than M does not always see the same ones
+
+
+def test_live_paths_start_at_the_exact_marginal():
+    model = anisotropic()
+    env = LiveEnvironment(model, GaussianClock(80.0, 1.0), 1.0)
+    env.reset(4000, generator())
+    scale = (model.variance + 80.0**2).sqrt()
+    z = (env.x - model.mean) / scale
+    assert abs(float(z.mean())) < 0.02 and abs(float(z.std()) - 1) < 0.02
+    first = env.x.clone()
+    env.reset(4000, generator())
+    assert torch.equal(first, env.x)
+    env.reset(4000, generator(8))
+    assert not torch.equal(first, env.x)
+
+
+@pytest.mark.parametrize("clock", [GaussianClock(80.0, 0.6), EdmClock(80.0), GaussianClock(80.0, 5.0)])
+def test_cost_of_unit_speed_is_the_profiles(profile, clock):
+    schedule = clock.sigma(np.linspace(0, 1, 8193))
+    expected = profile.cost(schedule)
+    for unit, horizon in ((profile.optimum / 80, 1.0), (1.0, 80.0)):
+        env = CachedEnvironment(profile, clock, unit)
+        for policy in (Policy(generator()), Policy(generator(), arrive=1 / 512)):  # mu = 1 before training
+            path = rollout(env, policy, settings(512, horizon=horizon), BATCH, generator())
+            found = costs(path).mean() * unit * 80 / horizon
+            assert found == pytest.approx(expected, rel=2e-3)
+            assert (path.s[-1] - 1).abs().max() < 1e-5
+        doubled = rollout(env, Speeds([2.0] * 512), settings(512, horizon=horizon), BATCH, generator())
+        assert costs(doubled).mean() * unit * 80 / horizon > 1.2 * expected
+
+
+def test_normalised_cost_is_j_over_the_optimum(profile):
+    """In units of c^2 and T, the cost of the direct schedule is 1."""
+    clock, steps = profile.clock, 256
+    s = clock.fraction(profile.direct(steps).values)
+    env = CachedEnvironment(profile, clock, profile.optimum / 80)
+    path = rollout(env, Speeds(np.diff(s) * steps), settings(steps), BATCH, generator())
+    assert costs(path).mean() == pytest.approx(1, rel=2e-3)
+
+
+def test_simpson_sees_the_leap_that_the_left_end_point_hides():
+    model = one_dimensional()
+    profile = measure_profile(model, draw(BATCH, 1, 1, 1), GaussianClock(3.0, 1.0), points=60)
+    leap = np.array([3.0, 2.6, 2.2, 1.8, 1.4, 0.0])  # the last step crosses all of the costly region
+    env = CachedEnvironment(profile, LinearClock(3.0), 1.0)
+    speeds = -np.diff(leap) / 3 * 5
+    left, simpson = (
+        costs(rollout(env, Speeds(speeds), settings(5, horizon=3.0, simpson=kind), BATCH, generator())).mean()
+        for kind in (False, True)
+    )
+    true = profile.cost(leap)
+    assert simpson == pytest.approx(true, rel=0.05)
+    assert left < 0.75 * profile.optimum < profile.optimum < simpson
+    best = costs(rollout(env, Speeds(-np.diff(profile.direct(5).values) / 3 * 5), settings(5, horizon=3.0, simpson=False),
+                         BATCH, generator())).mean()
+    assert left < best and profile.cost(profile.direct(5).values) < true  # the exploited rule prefers the worse grid
+
+
+class Flat(EdmClock):
+    """A clock that forgets its rate."""
+
+    def rate(self, s):
+        return np.ones_like(np.asarray(s, np.float64))
+
+
+def test_cost_does_not_depend_on_the_base_clock(profile):
+    steps = 1024
+    values = GaussianClock(80.0, 1.0).sigma(np.linspace(0, 1, steps + 1) ** 1.2)  # one psi(t), in several clocks
+
+    def cost(clock):
+        env = CachedEnvironment(profile, clock, 1.0, resolution=8192)
+        speeds = np.diff(clock.fraction(values)) * steps
+        return costs(rollout(env, Speeds(speeds), settings(steps, horizon=80.0), BATCH, generator()))
+
+    expected = cost(GaussianClock(80.0, 0.5))
+    assert expected.mean() == pytest.approx(profile.cost(values), rel=2e-3)
+    for clock in (EdmClock(80.0), GaussianClock(80.0, 3.0), EdmClock(80.0, rho=4.0)):
+        np.testing.assert_allclose(cost(clock), expected, rtol=3e-3)
+    assert abs(cost(Flat(80.0)).mean() / expected.mean() - 1) > 0.5
+
+
+def test_policy_does_not_depend_on_the_base_clock():
+    """N(mu, lambda / (|Q| rate^2)) for v is N(rate mu, lambda / |Q|) for theta = rate v."""
+    norm, rate, noise = draw(50).abs() + 0.2, draw(50, seed=1).abs() + 0.5, draw(50, seed=2)
+    mu = torch.ones(50, dtype=torch.float64)
+    theta = rate * sample_action(mu, norm * rate.square(), 0.1, 0.0, noise)
+    torch.testing.assert_close(theta, sample_action(rate * mu, norm, 0.1, 0.0, noise))
+    assert not torch.allclose(theta, rate * sample_action(mu, norm, 0.1, 0.0, noise), rtol=1e-2)
+    held = sample_action(mu, torch.full((50,), 1e-9).double(), 0.1, 0.5, noise)
+    torch.testing.assert_close(held, mu + (0.1 / 0.5) ** 0.5 * noise)  # |Q| replaced by max(|Q|, epsilon)
+
+
+class Recorder(GaussianDenoiser):
+    """A Gaussian that remembers the noise levels it was asked for."""
+
+    def denoise(self, x, sigma, class_labels):
+        self.__dict__.setdefault("seen", []).extend(sigma.tolist())
+        return super().denoise(x, sigma, class_labels)
+
+
+@pytest.mark.parametrize("simpson, euler", [(True, False), (False, True)])
+@pytest.mark.parametrize("clock", [GaussianClock(80.0, 0.5), LinearClock(80.0), EdmClock(80.0)], ids=lambda c: c.name)
+def test_never_evaluates_below_the_lowest_noise_level(clock, simpson, euler):
+    model = anisotropic(Recorder)
+    env = LiveEnvironment(model, clock, 1.0, euler)
+    how = settings(8, temperature=1e-3, simpson=simpson, epsilon=1.0)
+    path = rollout(env, Speeds([2.0] * 8), how, BATCH, generator())  # arrives twice as far as it should
+    assert (path.s[-1] > 1.5).all() and (path.s[4] > 0.9).all()
+    lowest = model.sigma_min * (1 - DIFFERENCE_STEP)  # the lower point of the central difference
+    assert min(model.seen) == pytest.approx(lowest, rel=1e-9)
+    assert max(model.seen) == pytest.approx(80 * (1 + DIFFERENCE_STEP), rel=1e-9)
+    assert all(values.isfinite().all() for values in path)
+    assert clock.sigma(path.s[-1].numpy()).max() == 0  # what would have been asked for without the floor
+    looks = 17 if simpson else 8
+    assert model.evaluations == len(model.seen) == 3 * BATCH * looks
+
+
+def test_rests_at_the_floor(profile):
+    model, clock = anisotropic(), GaussianClock(80.0, 0.5)
+    live, cached = FixedLive(model, clock, 1.0), FixedCached(profile, clock, 1.0)
+    for env in (live, cached):
+        env.reset(BATCH, generator())
+        for _ in range(200):
+            env.move(torch.full((BATCH,), 1 / 200, dtype=torch.float64))
+        at_end = env.weight()
+        env.move(torch.full((BATCH,), 0.3, dtype=torch.float64))
+        torch.testing.assert_close(env.weight(), at_end, rtol=1e-4, atol=0)
+    torch.testing.assert_close(live.weight(), cached.weight(), rtol=5e-3, atol=0)
+    exact = model.variance * LATENTS / (model.variance + model.sigma_min**2) ** 1.5
+    expected = exact.flatten(1).square().mean(dim=1).sqrt() * float(clock.rate(1.0)) ** 2
+    torch.testing.assert_close(live.weight(), expected, rtol=5e-3, atol=0)
+
+
+def step_path(action: torch.Tensor, q: torch.Tensor, dt: float) -> Trajectory:
+    """One step from s = 0 that arrives."""
+    s = torch.stack([torch.zeros_like(action), torch.ones_like(action)])
+    return Trajectory(s, torch.zeros(1, len(action), 4), action[None], q[None], (q * action.square() * dt)[None])
+
+
+def test_compensated_reward_is_free_of_the_policys_variance():
+    """E[-q v^2 + temperature] = -q mu^2 over v ~ N(mu, temperature / q), by Gauss-Hermite quadrature."""
+    nodes, weights = (torch.from_numpy(values) for values in hermegauss(5))
+    weights = weights / weights.sum()
+    temperature, dt = 0.3, 0.5
+    for mu, q in ((1.0, 0.2), (0.4, 7.0)):
+        weight = torch.full_like(nodes, q)
+        action = sample_action(torch.full_like(nodes, mu), weight, temperature, 0.1, nodes)
+        path = step_path(action, weight, dt)
+        how = RolloutSettings(1, temperature, 0.1, dt, True)
+        expected = -q * mu**2 * dt
+        assert float(rewards(path, how, 0.0, 0.0)[0] @ weights) == pytest.approx(expected, rel=1e-12)
+        without = float(-path.cost[0] @ weights)
+        assert without == pytest.approx(expected - temperature * dt, rel=1e-12)
+        with_gamma = float(rewards(path, how, -2.0, 0.0)[0] @ weights)
+        assert with_gamma == pytest.approx(expected + 2 * mu * dt, rel=1e-12)
+
+
+def test_rewards_by_hand():
+    s = torch.tensor([[0.0, 0.0], [0.4, 0.6], [0.9, 1.2]], dtype=torch.float64)
+    action = torch.tensor([[0.8, 1.2], [1.0, 1.2]], dtype=torch.float64)
+    cost = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)
+    path = Trajectory(s, torch.zeros(2, 2, 4), action, torch.ones(2, 2), cost)
+    found = rewards(path, RolloutSettings(2, 0.05, 0.1, 4.0, True), gamma=-1.5, penalty=20.0)
+    dt = 2.0
+    expected = np.array([
+        [-0.1 + (0.05 + 1.5 * 0.8) * dt, -0.2 + (0.05 + 1.5 * 1.2) * dt],
+        [-0.3 + (0.05 + 1.5 * 1.0) * dt - 20 * 4 * 0.1**2 / 2, -0.4 + (0.05 + 1.5 * 1.2) * dt - 20 * 4 * 0.2**2 / 2],
+    ])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    assert not np.allclose(rewards(path, RolloutSettings(2, 0.05, 0.1, 4.0, True), 1.5, 20.0).numpy(), expected)

@@ -1,0 +1,177 @@
+"""Learn a timestep grid for a denoiser: a network goes in, a .npy of noise levels comes out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import click
+
+from art_edm.cli import Command
+
+
+def parse_steps(context: click.Context, parameter: click.Parameter, text: str) -> Tuple[int, ...]:
+    """'18' or '2,3,5' to numbers of steps; each at least 1, none twice."""
+    steps: List[int] = []
+    for part in text.split(","):
+        try:
+            value = int(part)
+        except ValueError:
+            value = 0
+        if not 1 <= value <= 100_000:
+            raise click.BadParameter(f"found {part!r}, expected whole numbers from 1, such as 18 or 2,3,5")
+        if value in steps:
+            raise click.BadParameter(f"found {value} twice; give each number of steps once")
+        steps.append(value)
+    return tuple(steps)
+
+
+def destinations(out: Optional[str], name: str, steps: Tuple[int, ...]) -> Dict[int, Path]:
+    """One path per number of steps, each checked to be writable before any work."""
+    from art_edm.grid import check_grid_destination
+
+    pattern = out or f"art_{name}{{steps}}.npy"
+    if len(steps) > 1 and "{steps}" not in pattern:
+        message = f"{pattern} is one file for {len(steps)} grids; put {{steps}} into the name"
+        raise click.BadParameter(message, param_hint="--out")
+    return {k: check_grid_destination(Path(pattern.replace("{steps}", str(k)))) for k in steps}
+
+
+def pick_device(name: str) -> str:
+    """auto: CUDA if there is one, else the CPU."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        message = f"{name!r} cannot be used ({first}); expected auto, cpu or cuda"
+        raise click.BadParameter(message, param_hint="--device") from None
+    return name
+
+
+def configure(preset: str, given: Dict[str, Any]) -> Any:
+    """The preset's configuration with the options that were given."""
+    from dataclasses import replace
+
+    from art_edm.training import PRESETS, live
+
+    config = PRESETS[preset]
+    if given["rollout"] == "live" and config.rollout != "live":
+        config = live(config)
+    return replace(config, **{key: value for key, value in given.items() if value is not None})
+
+
+@click.command(cls=Command)
+@click.option("--network", required=True, metavar="NAME|PATH", help="mnist, oned, gaussian:S, or a weight file.")
+@click.option("--steps", default="18", show_default=True, metavar="K[,K...]", callback=parse_steps,
+              help="Numbers of steps; all are read off one run.")
+@click.option("--out", metavar="F.npy",
+              help="Where to write; {steps} becomes K.  [default: art_<name>{steps}.npy]")
+@click.option("--method", type=click.Choice(["rl", "direct"]), default="rl", show_default=True,
+              help="Learn by ART-RL, or take the closed-form optimum of the measured profile.")
+@click.option("--rollout", type=click.Choice(["cached", "live"]), default=None,
+              help="Learn on interpolated trajectories, or call the denoiser in each rollout.  [default: the preset's]")
+@click.option("--preset", type=click.Choice(["default", "paper"]), default="default", show_default=True,
+              help="paper: the paper's literal recipe (slow), one run for each number of steps.")
+@click.option("--clock", type=click.Choice(["gaussian", "linear", "edm"]), default=None,
+              help="Base clock in which to learn; linear is the paper's form.  [default: the preset's]")
+@click.option("--iterations", type=click.IntRange(1), default=None,
+              help="Iterations of ART-RL.  [default: the preset's]")
+@click.option("--trajectories", type=click.IntRange(1), default=None,
+              help="Dense trajectories.  [default: the preset's]")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of all randomness.")
+@click.option("--device", default="auto", show_default=True, help="Where the denoiser runs: auto, cpu, cuda, ...")
+@click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
+@click.option("--plot", is_flag=True, help="Draw the clock and the grids beside the .npy, as .png.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def main(
+    network: str, steps: Tuple[int, ...], out: Optional[str], preset: str, device: str, resume: bool, plot: bool,
+    quiet: bool, **given: Any,
+) -> None:
+    """Learn a timestep grid for a denoiser and score it against the exact optimum.
+
+    \b
+    Examples:
+      python tools/train_schedule.py --network=mnist
+      python tools/train_schedule.py --network=mnist --steps=2,3,5,7,10,18 --out='art_{steps}.npy' --plot
+      python tools/train_schedule.py --network=gaussian:0.5 --method=direct
+    """
+    from dataclasses import replace
+
+    from art_edm.loading import load_network
+    from art_edm.plots import check_plotting
+
+    began = time.perf_counter()
+    loaded = load_network(network, pick_device(device))
+    load_seconds = time.perf_counter() - began
+    paths = destinations(out, loaded.name, steps)
+    if plot:
+        check_plotting()
+    config = configure(preset, given)
+    if preset == "paper":  # the paper learns every number of steps by itself
+        for k, path in paths.items():
+            one(loaded, replace(config, train_steps=k), {k: path}, load_seconds, resume, plot, quiet)
+    else:
+        one(loaded, config, paths, load_seconds, resume, plot, quiet)
+
+
+def one(
+    network: Any, config: Any, paths: Dict[int, Path], load_seconds: float, resume: bool, plot: bool, quiet: bool
+) -> None:
+    """One run, its grids, and what it has to say."""
+    from art_edm import report
+    from art_edm.grid import save_grid
+    from art_edm.plots import plot_run
+    from art_edm.training import train
+
+    checkpoint = next(iter(paths.values())).with_suffix(".ckpt")
+    if resume and not checkpoint.exists() and not quiet:
+        click.echo(f"there is no {checkpoint} to resume from; starting at the beginning", err=True)
+    identity = f"{network.name} {network.sha256 or 'closed form'}"
+    result = train(network.denoiser, config, identity, checkpoint, resume, quiet)
+    began = time.perf_counter()
+    records = []
+    for k, path in paths.items():
+        grid = result.learned.grid(k) if result.learned else result.profile.direct(k)
+        seconds = {"load": load_seconds, **result.seconds, "write": time.perf_counter() - began}
+        record = report.provenance(network, config, result, grid, seconds)
+        write(save_grid, path, grid, record)
+        if plot:
+            shown = {**report.hand_made(network.denoiser, k), path.stem: grid}
+            plot_run(path.with_suffix(".png"), f"{network.name}, K = {k}", shown, result.learned)
+        records.append((path, record))
+    checkpoint.unlink(missing_ok=True)
+    if not quiet:
+        for path, record in records:
+            click.echo("\n".join(report.table(record)))
+            click.echo(f"wrote {path} and {path.with_suffix('.json').name}" + (f" and {path.stem}.png" if plot else ""))
+        click.echo(report.costs(records[-1][1], peak_memory()))
+
+
+def peak_memory() -> Optional[float]:
+    """Largest resident size of this process, in GB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def write(save: Any, path: Path, grid: Any, record: Dict[str, Any]) -> None:
+    """Save, or say that the disk is the matter and that nothing old was lost."""
+    try:
+        save(path, grid, record)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path}: {error.strerror or error}; any older file is as it was; make room and run again "
+            "with --resume, what was learned is kept"
+        ) from None
+
+
+if __name__ == "__main__":
+    main(prog_name="train_schedule.py")
