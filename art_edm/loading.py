@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import io
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -81,11 +80,13 @@ def _gaussian(spec: str) -> GaussianDenoiser:
 def _read(path: Path, kind: type) -> dict:
     """The content of a weight file of `kind`; no code in the file is ever executed."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        blob = path.read_bytes()
     except OSError as error:
-        raise NetworkError(f"cannot read {path}: {error.strerror}") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = "is empty" if path.stat().st_size == 0 else "is truncated or not a weight file of art_edm"
+        raise NetworkError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    try:
+        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for damaged files
+        reason = "is truncated or not a weight file of art_edm" if blob else "is empty"
         expected = "expected a weight file written by train_mnist.py"
         raise NetworkError(f"{path} {reason} ({type(error).__name__}); {expected}") from None
     found = content.get("format") if isinstance(content, dict) else type(content).__name__

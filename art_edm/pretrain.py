@@ -166,6 +166,8 @@ def read_checkpoint(checkpoint: Path, config: ScoreConfig) -> Dict[str, Any]:
     """The state that `train_score` saved; raises a ValueError if it is damaged, foreign or of other settings."""
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(type(state).__name__)
         saved = {key: state["config"].get(key) for key in asdict(config)}
     except (*_DAMAGED, AttributeError, TypeError) as error:
         what = f"damaged or not a checkpoint of the score network ({type(error).__name__})"

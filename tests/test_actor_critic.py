@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from art_edm.actor_critic import (
-    actor_loss, advantages, critic_loss, multiplier_step, rewards, temporal_differences,
+    actor_loss, advantages, centre, critic_loss, multiplier_step, rewards, temporal_differences,
 )
 from art_edm.clock import LinearClock
 from art_edm.control import CachedEnvironment, RolloutSettings, Trajectory, rollout
@@ -43,7 +43,7 @@ def path_of(settings: RolloutSettings) -> Trajectory:
     return Trajectory(s, features, action, q, q * action.square() / N)
 
 
-SETTINGS = RolloutSettings(num_steps=N, temperature=0.05, epsilon=0.1, horizon=1.0, simpson=True)
+SETTINGS = RolloutSettings(num_steps=N, temperature=0.05, epsilon=0.1, horizon=1.0, simpson=True, repeats=1)
 PATH = path_of(SETTINGS)
 
 
@@ -133,18 +133,34 @@ def test_critic_vanishes_at_the_end_and_the_policy_arrives():
     torch.testing.assert_close(Policy(generator())(along), torch.ones(3))
 
 
-class Curve(Profile):
-    """|Q| = 1 + 3 s^2 in a linear clock of length 1, of one trajectory."""
+def test_baseline_by_explicit_loops():
+    advantage = draw(N, 12, seed=8)
+    for repeats in (2, 3, 4):
+        noises, expected = 12 // repeats, np.zeros((N, 12))
+        for k in range(N):
+            for b in range(12):  # the mean of the other rollouts of the same noise
+                others = [c for c in range(12) if c % noises == b % noises and c != b]
+                expected[k, b] = advantage[k, b] - np.mean([float(advantage[k, c]) for c in others])
+        np.testing.assert_allclose(centre(advantage, repeats).numpy(), expected, rtol=1e-10, atol=1e-12)
+        assert not np.allclose(centre(advantage, repeats).numpy(), expected * (repeats - 1) / repeats)
+    alone = centre(advantage, 1)
+    assert alone.mean(dim=1).abs().max() < 1e-15
+    torch.testing.assert_close(alone - alone[:, :1], advantage - advantage[:, :1])
+
+
+class Curves(Profile):
+    """|Q| = a + 3 s^2 in a linear clock of length 1, of four trajectories."""
 
     def norms(self, sigma):
-        return (1 + 3 * (1 - np.clip(sigma, 0, 1)) ** 2)[None]
+        return np.array([[0.5], [1.0], [2.0], [4.0]]) + 3 * (1 - np.clip(sigma, 0, 1)) ** 2
 
 
-@pytest.mark.parametrize("simpson", [False, True])
-def test_actor_gradient_is_that_of_the_expected_return(simpson):
+@pytest.mark.parametrize("simpson, repeats", [(False, 1), (True, 2)])
+def test_actor_gradient_is_that_of_the_expected_return(simpson, repeats):
     """The policy-gradient theorem, for the bias of the log-speed, against common random numbers."""
-    env = CachedEnvironment(Curve(LinearClock(1.0), np.array([1.0, 1e-3]), np.ones((1, 2)), 0, 0.0), LinearClock(1.0), 1.0)
-    settings, gamma, penalty, batch, h = RolloutSettings(6, 0.05, 0.1, 1.0, simpson), -1.0, 5.0, 1000, 0.02
+    clock = LinearClock(1.0)
+    env = CachedEnvironment(Curves(clock, np.array([1.0, 1e-3]), np.ones((4, 2)), 0, 0.0), clock, 1.0)
+    settings, gamma, penalty, h = RolloutSettings(6, 0.05, 0.1, 1.0, simpson, repeats), -1.0, 5.0, 0.02
     policy = Policy(generator())
     bias = policy.net[-1].bias
     by_theorem, by_difference = [], []
@@ -153,19 +169,20 @@ def test_actor_gradient_is_that_of_the_expected_return(simpson):
         for shift in (h, -h, 0.0):
             with torch.no_grad():
                 bias.fill_(0.1 + shift)
-            path = rollout(env, policy, settings, batch, generator(seed))
+            path = rollout(env, policy, settings, 1000, generator(seed))
             reward = rewards(path, settings, gamma, penalty)
             returns.append(float(reward.sum(dim=0).mean()))
         by_difference.append((returns[0] - returns[1]) / (2 * h))
         advantage = advantages(temporal_differences(torch.zeros_like(reward), reward), 1.0)
         policy.zero_grad()
-        actor_loss(policy, path, advantage - advantage.mean(dim=1, keepdim=True), settings).backward()
+        actor_loss(policy, path, centre(advantage, repeats), settings).backward()
         by_theorem.append(-float(bias.grad))
     found, expected = np.mean(by_theorem), np.mean(by_difference)
     error = np.hypot(np.std(by_theorem), np.std(by_difference)) / 24**0.5
     assert error < 0.05 * abs(expected)  # the comparison means something
     assert abs(found - expected) < 4 * error + 2e-3 * abs(expected)
-    assert abs(-found - expected) > 10 * error
+    assert abs(found / 2 - expected) > 8 * error  # centre() of two rollouts without its factor
+    assert abs(-found - expected) > 20 * error
 
 
 def ended_at(s: float) -> Trajectory:
@@ -185,7 +202,7 @@ def best_speed(gamma: float) -> float:
     """The speed of the greatest reward where q = 1, by trying them."""
     v = torch.linspace(0, 4, 4001).double()[None]
     path = Trajectory(torch.ones(2, 4001), torch.zeros(1), v, torch.ones_like(v), v.square())
-    return float(v[0, rewards(path, RolloutSettings(1, 0.0, 0.1, 1.0, True), gamma, 0.0)[0].argmax()])
+    return float(v[0, rewards(path, RolloutSettings(1, 0.0, 0.1, 1.0, True, 1), gamma, 0.0)[0].argmax()])
 
 
 def test_overshoot_raises_the_multiplier_and_that_slows_the_policy():

@@ -41,16 +41,16 @@ class FixedLive(LiveEnvironment):
 
     latents = LATENTS
 
-    def reset(self, batch, generator):
-        super().reset(batch, torch.Generator())
+    def reset(self, batch, repeats, generator):
+        super().reset(batch, repeats, torch.Generator())
         self.x = self.denoiser.initial(self.latents, self.clock.sigma_max)
 
 
 class FixedCached(CachedEnvironment):
     """Cached, path i on trajectory i: takes nothing from the generator."""
 
-    def reset(self, batch, generator):
-        super().reset(batch, torch.Generator())
+    def reset(self, batch, repeats, generator):
+        super().reset(batch, repeats, torch.Generator())
         self.offset = torch.arange(batch) * (self.resolution + 1)
 
 
@@ -66,8 +66,10 @@ class Speeds(torch.nn.Module):
         return torch.full(features.shape[:-1], self.speeds[self.k - 1], dtype=torch.float64)
 
 
-def settings(steps: int, temperature: float = 0.0, horizon: float = 1.0, simpson: bool = True, epsilon: float = 0.1):
-    return RolloutSettings(steps, temperature, epsilon, horizon, simpson)
+def settings(
+    steps: int, temperature: float = 0.0, horizon: float = 1.0, simpson: bool = True, epsilon: float = 0.1, repeats: int = 1
+):
+    return RolloutSettings(steps, temperature, epsilon, horizon, simpson, repeats)
 
 
 def generator(seed: int = 7) -> torch.Generator:
@@ -99,38 +101,50 @@ def test_cached_and_live_rollouts_are_the_same_process(profile, state, arrive, s
             (FixedCached(profile, clock, unit), 8),
         )
     )
-    # The path's integrator (order 2 in steps of 1/64) and the table's interpolation leave half a per cent.
-    np.testing.assert_allclose(costs(cached), costs(live), rtol=5e-3)
+    # The path's integrator (order 2 in steps of 1/64) and the table's interpolation leave a third of a per cent.
+    np.testing.assert_allclose(costs(cached), costs(live), rtol=3e-3)
     np.testing.assert_allclose(cached.s[1:], live.s[1:], rtol=5e-3)
     np.testing.assert_allclose(cached.q, live.q, rtol=2e-2)
-    assert np.abs(costs(other) / costs(live) - 1).max() > 2e-2  # other noises
+    assert np.abs(costs(other) / costs(live) - 1).max() > 1e-2  # other noises
     swapped = FixedLive(model, clock, unit)
     swapped.latents = LATENTS.flip(0)
-    assert np.abs(costs(rollout(swapped, lively(state, arrive, steps), how, BATCH, generator())) / costs(cached) - 1).max() > 2e-2
+    swapped = rollout(swapped, lively(state, arrive, steps), how, BATCH, generator())
+    assert np.abs(costs(swapped) / costs(cached) - 1).max() > 2e-2  # other paths
 
 
 def test_cached_paths_use_every_trajectory_equally(profile):
     env = CachedEnvironment(profile, profile.clock, 1.0)
     seen = set()
     for seed in range(20):
-        env.reset(5 * BATCH, generator(seed))
+        env.reset(5 * BATCH, 1, generator(seed))
         rows = env.offset // (env.resolution + 1)
         assert torch.bincount(rows).tolist() == [5] * BATCH
         seen.add(int(rows[0]))
     assert len(seen) > 1  # a batch smaller than M does not always see the same ones
 
 
+def test_repeated_noises(profile):
+    """Path i and path i + batch / repeats are of one noise, cached and live."""
+    cached = CachedEnvironment(profile, profile.clock, 1.0)
+    cached.reset(12, 3, generator())
+    live = LiveEnvironment(anisotropic(), profile.clock, 1.0)
+    live.reset(12, 3, generator())
+    for noise in (cached.offset, live.x):
+        assert len(noise) == 12 and torch.equal(noise[:4], noise[4:8]) and torch.equal(noise[:4], noise[8:])
+        assert len(torch.unique(noise, dim=0)) == 4  # and not all alike
+
+
 def test_live_paths_start_at_the_exact_marginal():
     model = anisotropic()
     env = LiveEnvironment(model, GaussianClock(80.0, 1.0), 1.0)
-    env.reset(4000, generator())
+    env.reset(4000, 1, generator())
     scale = (model.variance + 80.0**2).sqrt()
     z = (env.x - model.mean) / scale
     assert abs(float(z.mean())) < 0.02 and abs(float(z.std()) - 1) < 0.02
     first = env.x.clone()
-    env.reset(4000, generator())
+    env.reset(4000, 1, generator())
     assert torch.equal(first, env.x)
-    env.reset(4000, generator(8))
+    env.reset(4000, 1, generator(8))
     assert not torch.equal(first, env.x)
 
 
@@ -161,7 +175,7 @@ def test_normalised_cost_is_j_over_the_optimum(profile):
 def test_simpson_sees_the_leap_that_the_left_end_point_hides():
     model = one_dimensional()
     profile = measure_profile(model, draw(BATCH, 1, 1, 1), GaussianClock(3.0, 1.0), points=60)
-    leap = np.array([3.0, 2.6, 2.2, 1.8, 1.4, 0.0])  # the last step crosses all of the costly region
+    leap = np.array([3.0, 2.75, 2.5, 2.25, 2.0, 0.0])  # the last step crosses all of the costly region
     env = CachedEnvironment(profile, LinearClock(3.0), 1.0)
     speeds = -np.diff(leap) / 3 * 5
     left, simpson = (
@@ -169,11 +183,12 @@ def test_simpson_sees_the_leap_that_the_left_end_point_hides():
         for kind in (False, True)
     )
     true = profile.cost(leap)
-    assert simpson == pytest.approx(true, rel=0.05)
+    assert simpson == pytest.approx(true, rel=0.1)
     assert left < 0.75 * profile.optimum < profile.optimum < simpson
-    best = costs(rollout(env, Speeds(-np.diff(profile.direct(5).values) / 3 * 5), settings(5, horizon=3.0, simpson=False),
-                         BATCH, generator())).mean()
-    assert left < best and profile.cost(profile.direct(5).values) < true  # the exploited rule prefers the worse grid
+    direct = profile.direct(5).values
+    speeds = -np.diff(direct) / 3 * 5
+    best = costs(rollout(env, Speeds(speeds), settings(5, horizon=3.0, simpson=False), BATCH, generator())).mean()
+    assert left < best and profile.cost(direct) < true  # the exploited rule prefers the worse grid
 
 
 class Flat(EdmClock):
@@ -185,7 +200,7 @@ class Flat(EdmClock):
 
 def test_cost_does_not_depend_on_the_base_clock(profile):
     steps = 1024
-    values = GaussianClock(80.0, 1.0).sigma(np.linspace(0, 1, steps + 1) ** 1.2)  # one psi(t), in several clocks
+    values = EdmClock(80.0).sigma(np.linspace(0, 1, steps + 1))  # one psi(t), in several clocks
 
     def cost(clock):
         env = CachedEnvironment(profile, clock, 1.0, resolution=8192)
@@ -194,7 +209,7 @@ def test_cost_does_not_depend_on_the_base_clock(profile):
 
     expected = cost(GaussianClock(80.0, 0.5))
     assert expected.mean() == pytest.approx(profile.cost(values), rel=2e-3)
-    for clock in (EdmClock(80.0), GaussianClock(80.0, 3.0), EdmClock(80.0, rho=4.0)):
+    for clock in (EdmClock(80.0), GaussianClock(80.0, 3.0), EdmClock(80.0, rho=4.0), LinearClock(80.0)):
         np.testing.assert_allclose(cost(clock), expected, rtol=3e-3)
     assert abs(cost(Flat(80.0)).mean() / expected.mean() - 1) > 0.5
 
@@ -239,7 +254,7 @@ def test_rests_at_the_floor(profile):
     model, clock = anisotropic(), GaussianClock(80.0, 0.5)
     live, cached = FixedLive(model, clock, 1.0), FixedCached(profile, clock, 1.0)
     for env in (live, cached):
-        env.reset(BATCH, generator())
+        env.reset(BATCH, 1, generator())
         for _ in range(200):
             env.move(torch.full((BATCH,), 1 / 200, dtype=torch.float64))
         at_end = env.weight()
@@ -266,7 +281,7 @@ def test_compensated_reward_is_free_of_the_policys_variance():
         weight = torch.full_like(nodes, q)
         action = sample_action(torch.full_like(nodes, mu), weight, temperature, 0.1, nodes)
         path = step_path(action, weight, dt)
-        how = RolloutSettings(1, temperature, 0.1, dt, True)
+        how = settings(1, temperature, dt)
         expected = -q * mu**2 * dt
         assert float(rewards(path, how, 0.0, 0.0)[0] @ weights) == pytest.approx(expected, rel=1e-12)
         without = float(-path.cost[0] @ weights)
@@ -280,11 +295,11 @@ def test_rewards_by_hand():
     action = torch.tensor([[0.8, 1.2], [1.0, 1.2]], dtype=torch.float64)
     cost = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)
     path = Trajectory(s, torch.zeros(2, 2, 4), action, torch.ones(2, 2), cost)
-    found = rewards(path, RolloutSettings(2, 0.05, 0.1, 4.0, True), gamma=-1.5, penalty=20.0)
+    found = rewards(path, settings(2, 0.05, 4.0), gamma=-1.5, penalty=20.0)
     dt = 2.0
     expected = np.array([
         [-0.1 + (0.05 + 1.5 * 0.8) * dt, -0.2 + (0.05 + 1.5 * 1.2) * dt],
         [-0.3 + (0.05 + 1.5 * 1.0) * dt - 20 * 4 * 0.1**2 / 2, -0.4 + (0.05 + 1.5 * 1.2) * dt - 20 * 4 * 0.2**2 / 2],
     ])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
-    assert not np.allclose(rewards(path, RolloutSettings(2, 0.05, 0.1, 4.0, True), 1.5, 20.0).numpy(), expected)
+    assert not np.allclose(rewards(path, settings(2, 0.05, 4.0), 1.5, 20.0).numpy(), expected)

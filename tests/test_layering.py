@@ -15,9 +15,9 @@ LAYERS: Dict[int, str] = {
     -1: "files progress",
     0: "denoiser grid clock policy frechet",
     1: "analytic unet features mnist field images",
-    2: "solvers profile loading pretrain",
+    2: "solvers profile loading",
     3: "control evaluation",
-    4: "actor_critic distill",
+    4: "actor_critic distill pretrain",
     5: "training",
     6: "cli",
     7: "report plots upstream",
@@ -39,8 +39,8 @@ class Import(NamedTuple):
 
 def imports(tree: ast.Module, modules: "set[str]") -> Iterator[Import]:
     """Every import of a module's source, those inside functions included."""
-    nested = {id(child) for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-              for child in ast.walk(node)}
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    nested = {id(child) for node in functions for child in ast.walk(node)}
     for node in ast.walk(tree):
         inside = id(node) in nested
         if isinstance(node, ast.Import):

@@ -85,6 +85,7 @@ def test_score_loss_is_the_unweighted_loss_of_f():
     net, rng = small_net(), torch.Generator().manual_seed(0)
     y, n = images()[:6], torch.randn(6, 1, 8, 8, generator=rng)
     sigma = stratified_sigma(6, -0.5, 1.3, rng)
+    net.requires_grad_(False)
     loss = float(score_loss(net, y, sigma, n))
     assert loss == pytest.approx(float(independent_loss(net, y, sigma, n)), rel=1e-4)
     assert abs(loss / float(independent_loss(net, y, sigma, n, weight_exponent=0)) - 1) > 0.1  # the twin: no weight
@@ -101,23 +102,24 @@ def test_the_loss_of_the_untrained_network_is_known():
 
 
 def flat_images(count, rng):
-    """Images whose 64 pixels are all the same number of N(0, 0.5^2)."""
-    return (0.5 * torch.randn(count, 1, 1, 1, generator=rng)).expand(count, 1, 8, 8).contiguous()
+    """Images whose 16 pixels are all the same number of N(0, 0.5^2)."""
+    return (0.5 * torch.randn(count, 1, 1, 1, generator=rng)).expand(count, 1, 4, 4).contiguous()
 
 
 def test_training_approaches_the_closed_form(tmp_path, monkeypatch):
-    """For flat images D(x; sigma) = mean(x) s^2 / (s^2 + sigma^2 / 64): averaging all pixels, not each for itself."""
-    small = dict(width=12, deep_width=12, emb=16)
+    """For flat images D(x; sigma) = mean(x) s^2 / (s^2 + sigma^2 / 16): averaging all pixels, not each for itself."""
+    small = dict(width=16, deep_width=12, emb=16)
     monkeypatch.setattr(pretrain, "ScoreUNet", lambda **build: ScoreUNet(**build, **small))
     rng = torch.Generator().manual_seed(0)
-    config = ScoreConfig(iterations=150, batch=16, warmup=20, learning_rate=4e-3, bfloat16=False)
+    config = ScoreConfig(iterations=200, batch=32, warmup=20, learning_rate=1e-2, bfloat16=False)
     trained = train_score(flat_images(500, rng), config, tmp_path / "a.ckpt", resume=False, quiet=True)
     y, sigma = flat_images(200, rng), torch.full((200,), 0.5)
     x = y + 0.5 * torch.randn(y.shape, generator=rng)
-    exact = x.mean(dim=(1, 2, 3), keepdim=True) * 0.5**2 / (0.5**2 + 0.5**2 / 64)
-    untrained = ScoreUNet(8, sigma_data=0.5)
+    exact = x.mean(dim=(1, 2, 3), keepdim=True) * 0.5**2 / (0.5**2 + 0.5**2 / 16)
+    untrained = ScoreUNet(4, sigma_data=0.5)
     with torch.no_grad():
         error, before = (float((net(x, sigma) - exact).square().mean()) for net in (trained["ema"], untrained))
+    print(error, before)
     assert error < 0.15 * before
     assert trained["losses"][-1] < 0.5
 
@@ -209,7 +211,7 @@ def test_snapshots(whole):
 
 
 def test_the_average_is_a_power_function(monkeypatch):
-    """EMA weights are proportional to t^gamma: of a parameter that is t at step t the average is about (g+1)/(g+2) T."""
+    """Weights proportional to t^gamma: of a parameter that is t at step t the average is about (g+1)/(g+2) T."""
     net, ema = small_net(), small_net()
     monkeypatch.setattr(pretrain, "score_loss", lambda net, *a: sum(p.sum() for p in net.parameters()) * 0)
 
@@ -226,10 +228,10 @@ def test_the_average_is_a_power_function(monkeypatch):
                 for p in net.parameters():
                     p.fill_(self.step_count)
 
-    config, ramp = ScoreConfig(iterations=300, batch=1, ema_gamma=16.97, bfloat16=False), Ramp()
-    for it in range(300):
+    config, ramp = ScoreConfig(iterations=150, batch=1, ema_gamma=16.97, bfloat16=False), Ramp()
+    for it in range(150):
         pretrain._step(net, ema, ramp, images(), config, it)
-    assert float(next(ema.parameters()).flatten()[0]) / 300 == pytest.approx(17.97 / 18.97, abs=0.002)
+    assert float(next(ema.parameters()).flatten()[0]) / 150 == pytest.approx(17.97 / 18.97, abs=0.004)
 
 
 # --- refusals ----------------------------------------------------------------------------------------
@@ -289,7 +291,8 @@ def test_sigterm_then_resume_gives_the_same_bytes(whole, tmp_path):
     here = os.path.dirname(os.path.abspath(__file__))
     places = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    child = subprocess.Popen([sys.executable, "-c", code, str(path)], env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, str(path)]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not (tmp_path / "ready").exists() and child.poll() is None and time.monotonic() < end:
         time.sleep(0.05)

@@ -45,7 +45,7 @@ def trapezoid(y: np.ndarray, x: np.ndarray) -> float:
 def test_isotropic_gaussian_against_the_closed_form():
     v, top = 0.25, 80.0
     model, z = GaussianDenoiser(0.0, v, SHAPE), draw(7, *SHAPE)
-    profile = measure_profile(model, z, GaussianClock(top, v**0.5), points=40)
+    profile = measure_profile(model, z, GaussianClock(top, v**0.5), points=160)
     size = float(z.square().mean(dim=(1, 2, 3)).sqrt().mean())
     c = integral(lambda s: (v * size) ** 0.5 * (v + s * s) ** -0.75, top) / top
     assert profile.horizon == top
@@ -66,7 +66,8 @@ def test_anisotropic_gaussian_against_quadrature():
     profile = measure_profile(model, z, GaussianClock(80.0, model.sigma_data), points=120)
     q = lambda s: exact_norm(model, z, s).mean()
     root = integral(lambda s: q(s) ** 0.5, 80.0)
-    roots = np.array([integral(lambda s: exact_norm(model, z[i : i + 1], s).item() ** 0.5, 80.0) for i in range(len(z))])
+    each = lambda i, s: exact_norm(model, z[i : i + 1], s).item()
+    roots = np.array([integral(lambda s: each(i, s) ** 0.5, 80.0) for i in range(len(z))])
     assert profile.optimum == pytest.approx(root**2 / 80, rel=1e-3)
     assert profile.state_optimum == pytest.approx(np.mean(roots**2) / 80, rel=1e-3)
     assert profile.price == pytest.approx(np.mean(roots**2) / root**2, rel=2e-4)
