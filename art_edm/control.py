@@ -84,8 +84,7 @@ class LiveEnvironment(Environment):
     def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
         shape = (batch // repeats, *self.denoiser.img_shape)
         latents = torch.randn(shape, generator=generator, dtype=torch.float64).repeat(repeats, 1, 1, 1)
-        device = next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
-        self.x = self.denoiser.initial(latents.to(device), self.clock.sigma_max)
+        self.x = self.denoiser.initial(latents.to(self.denoiser.device), self.clock.sigma_max)
         self.s = torch.zeros(batch, dtype=torch.float64)
         self.point: Optional[Surrogate] = None
 

@@ -14,6 +14,7 @@ sets the attributes and writes `denoise`.
 
 from __future__ import annotations
 
+import itertools
 from typing import Optional, Union
 
 import torch
@@ -50,6 +51,12 @@ class Denoiser(torch.nn.Module):
         self.img_resolution = img_resolution
         self.img_shape = (img_channels, img_resolution, img_width or img_resolution)
         self.evaluations = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU for a model that has none."""
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: Optional[torch.Tensor]) -> torch.Tensor:
         """D(x; sigma) for x [B, C, H, W] and sigma [B]; written by each adapter."""

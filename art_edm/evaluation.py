@@ -28,24 +28,15 @@ from .frechet import frechet_distance, moments
 from .grid import Grid
 from .mnist import to_images
 from .progress import GracefulStop, Progress, Stopped
+from .seeding import seeded_generator
 from .solvers import OnStep, sample
 
 __all__ = [
     "Moments", "accuracy", "fid_with_error", "generate", "latents", "lenet_features", "lenet_fid", "measured_features",
-    "sample_sheet", "seeded_generator", "to_pixels",
+    "sample_sheet", "to_pixels",
 ]
 
 Moments = Tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
-
-_GOLDEN = 0x9E3779B1  # odd, about 2^32 / 1.618: multiples of it are far apart modulo 2^32
-
-
-def seeded_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of item `index` in a run with `seed`; for seed 0 simply those of `index`.
-
-    torch's generator on the CPU uses the lowest 32 bits of its seed only, so both must be mixed into these.
-    """
-    return torch.Generator().manual_seed((seed * _GOLDEN + index) % 2**32)
 
 
 def latents(seed: int, indices: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
@@ -69,14 +60,13 @@ def generate(
     Raises:
         Stopped: `stop` was requested.
     """
-    device = next((t.device for t in [*denoiser.parameters(), *denoiser.buffers()]), torch.device("cpu"))
     end = first + num
     parts = [torch.empty(0, *denoiser.img_shape)]
     for start in range(first, end, batch):
         indices = range(start, min(start + batch, end))
         watch = _watch(progress, stop, start * grid.num_steps)
         with torch.inference_mode():
-            noise = latents(seed, indices, denoiser.img_shape).to(device)
+            noise = latents(seed, indices, denoiser.img_shape).to(denoiser.device)
             images = sample(denoiser, noise, grid, solver, on_step=watch)  # [b, C, H, W]
         parts.append(images.to("cpu", torch.float32, copy=True))  # out here, so that it is an ordinary tensor
     return torch.cat(parts)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Union
 
-__all__ = ["atomic_write", "cache_dir", "check_destination", "sha256_of", "write_json"]
+__all__ = ["atomic_write", "cache_dir", "check_destination", "save_tensors", "sha256_of", "write_json"]
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -45,6 +46,15 @@ def write_json(path: PathLike, data: Any) -> None:
     """Write `data` as indented JSON, atomically; NaN is refused, as JSON has none."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def save_tensors(path: PathLike, content: Any) -> None:
+    """`torch.save`, atomically, and with a full disk an OSError as for any file (torch's own is another)."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def sha256_of(path: PathLike) -> str:

@@ -15,7 +15,7 @@ import torch
 from .analytic import GaussianDenoiser, one_dimensional
 from .denoiser import Denoiser
 from .features import LeNet
-from .files import atomic_write, sha256_of
+from .files import save_tensors, sha256_of
 from .unet import ScoreUNet
 
 __all__ = ["NetworkError", "Network", "bundled", "load_lenet", "load_network", "save_lenet", "save_network"]
@@ -99,7 +99,7 @@ def _fill(kind: type, content: dict, path: Path) -> torch.nn.Module:
     try:
         net = kind(**content["config"])
         net.load_state_dict({key: value.float() for key, value in content["state"].items()})
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         message = f"{path} does not fit {kind.__name__}: {first}; train it again with train_mnist.py"
         raise NetworkError(message) from None
@@ -109,7 +109,7 @@ def _fill(kind: type, content: dict, path: Path) -> torch.nn.Module:
 def _save(path: Path, net: torch.nn.Module, config: dict) -> None:
     state = {key: value.half() for key, value in net.state_dict().items()}
     content = {"format": FORMATS[type(net)], "config": config, "state": state}
-    atomic_write(path, lambda file: torch.save(content, file))
+    save_tensors(path, content)
 
 
 def save_network(path: Path, net: ScoreUNet) -> None:

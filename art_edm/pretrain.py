@@ -12,7 +12,6 @@ the draws of an uninterrupted one.
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 import time
@@ -24,10 +23,10 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from torch.nn import functional
 
-from .evaluation import seeded_generator
 from .features import LeNet
-from .files import atomic_write
+from .files import save_tensors
 from .progress import GracefulStop, Progress, Stopped
+from .seeding import seeded_generator
 from .unet import ScoreUNet
 
 __all__ = [
@@ -134,10 +133,10 @@ def train_score(
     def save() -> None:
         log["seconds"] = time.monotonic() - began
         state = {name: part.state_dict() for name, part in parts.items()}
-        _save(checkpoint, {**state, "log": log, "config": asdict(config), "build": build})
+        save_tensors(checkpoint, {**state, "log": log, "config": asdict(config), "build": build})
         if snapshot_every and log["iteration"] % snapshot_every == 0:
             snapshot = {"config": ema.config, "state": state["ema"], "seconds": log["seconds"]}
-            _save(snapshot_path(checkpoint, log["iteration"]), snapshot)
+            save_tensors(snapshot_path(checkpoint, log["iteration"]), snapshot)
 
     with GracefulStop() as stop:
         for it in range(log["iteration"], config.iterations):
@@ -154,12 +153,6 @@ def train_score(
             progress.update(it + 1, f"loss {log['losses'][-1]:.4f}" if log["losses"] else "")
     progress.close()
     return {"ema": ema, "losses": log["losses"], "seconds": log["seconds"]}
-
-
-def _save(path: Path, content: Dict[str, Any]) -> None:
-    buffer = io.BytesIO()  # torch.save on a full disk ends in a RuntimeError of its own; plain bytes in an OSError
-    torch.save(content, buffer)
-    atomic_write(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read_checkpoint(checkpoint: Path, config: ScoreConfig) -> Dict[str, Any]:

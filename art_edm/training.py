@@ -26,10 +26,11 @@ from .control import CachedEnvironment, Environment, LiveEnvironment, RolloutSet
 from .denoiser import Denoiser
 from .distill import LearnedClock, distill
 from .field import NonFiniteOutput
-from .files import atomic_write
+from .files import save_tensors
 from .policy import Critic, Policy
 from .profile import Profile, measure_profile
 from .progress import GracefulStop, Progress, Stopped
+from .seeding import seeded_generator
 
 __all__ = ["CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "live", "train"]
 
@@ -176,9 +177,8 @@ class _Run:
         if self.state.profile is not None:
             return
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = seeded_generator(config.seed, 1 << 30)  # iterations count up from 0
         latents = torch.randn((config.trajectories, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
-        device = next(iter([*self.denoiser.parameters(), *self.denoiser.buffers()]), torch.empty(0)).device
         progress = Progress(3 * config.trajectories * config.points, "profile, images", self.quiet)
 
         def on_step(done: int) -> None:
@@ -188,7 +188,7 @@ class _Run:
                 self._stop("while measuring the profile")
 
         self.state.profile = measure_profile(
-            self.denoiser, latents.to(device), self.profile_clock, config.points, on_step=on_step
+            self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points, on_step=on_step
         )
         progress.close()
         self.save()
@@ -226,7 +226,7 @@ class _Run:
             state.knots.append(distill(self._paths(), self._clock()).mean)
             state.paths = []
         state.round = current
-        generator = torch.Generator().manual_seed((config.seed << 32) + (1 << 31) + current)
+        generator = seeded_generator(config.seed, (1 << 31) + current)
         arrive = 1 / config.train_steps if config.arrive else None
         policy, critic = Policy(generator, config.state, arrive), Critic(generator)
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
@@ -238,7 +238,7 @@ class _Run:
     def _iterate(self, env: Environment, settings: RolloutSettings, rate: float) -> None:
         """One iteration of Algorithm 1: rollouts, updates (29), multiplier (30)."""
         config, state = self.config, self.state
-        generator = torch.Generator().manual_seed((config.seed << 32) + state.iteration)
+        generator = seeded_generator(config.seed, state.iteration)
         policy, critic = state.parts["policy"], state.parts["critic"]
         path = rollout(env, policy, settings, config.batch, generator)
         reward = rewards(path, settings, state.gamma, config.penalty)
@@ -325,7 +325,7 @@ class _Run:
                 "evaluations": p.evaluations, "seconds": p.seconds,
             }
         content["settings"] = self.settings
-        atomic_write(self.checkpoint, lambda file: torch.save(content, file))
+        save_tensors(self.checkpoint, content)
         state.last_save = time.monotonic()
         return True
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from art_edm.actor_critic import (
-    actor_loss, advantages, centre, critic_loss, multiplier_step, rewards, temporal_differences,
+    actor_loss,
+    advantages,
+    centre,
+    critic_loss,
+    multiplier_step,
+    rewards,
+    temporal_differences,
 )
 from art_edm.clock import LinearClock
 from art_edm.control import CachedEnvironment, RolloutSettings, Trajectory, rollout

@@ -23,7 +23,6 @@ from art_edm.evaluation import (
     lenet_fid,
     measured_features,
     sample_sheet,
-    seeded_generator,
     to_pixels,
 )
 from art_edm.features import LeNet
@@ -31,6 +30,7 @@ from art_edm.frechet import frechet_distance, moments
 from art_edm.grid import edm
 from art_edm.mnist import to_images
 from art_edm.progress import GracefulStop, Stopped
+from art_edm.seeding import seeded_generator
 from art_edm.solvers import sample
 from art_edm.unet import ScoreUNet
 

@@ -12,12 +12,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "art_edm"
 LAYERS: Dict[int, str] = {
-    -1: "files progress",
+    -1: "files progress seeding",
     0: "denoiser grid clock policy frechet",
     1: "analytic unet features mnist field images",
-    2: "solvers profile loading",
+    2: "solvers profile loading pretrain",
     3: "control evaluation",
-    4: "actor_critic distill pretrain",
+    4: "actor_critic distill",
     5: "training",
     6: "cli",
     7: "report plots upstream",

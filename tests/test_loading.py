@@ -128,15 +128,13 @@ def test_lenet_round_trip(tmp_path):
 
 def test_an_empty_file(path):
     path.write_bytes(b"")
-    refused(path, "is empty", "expected one written by train_mnist.py")
+    refused(path, "is empty", "written by train_mnist.py")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_a_truncated_file(path, share):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    refused(path)
-    with pytest.raises(NetworkError, match="is truncated or not a weight file|cannot read .*: Invalid argument"):
-        load_network(str(path))
+    refused(path, "is truncated or not a weight file")
 
 
 @pytest.mark.parametrize("content", [b"hello, world\n" * 50, b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000)])

@@ -72,7 +72,7 @@ def data(tmp_path_factory):
         patch.setattr(mnist, "FILES", write_data(folder))
         patch.setattr(tool, "SHEET_STEPS", 2)
         patch.setattr(tool, "SNAPSHOT_STEPS", 2)
-        patch.setattr(tool, "LENET_EPOCHS", 8)
+        patch.setattr(tool, "LENET_EPOCHS", 20)
         yield folder
 
 
@@ -140,7 +140,7 @@ def test_card_figures_are_those_of_the_files(card, done, data):
     assert card["parameters"] == sum(p.numel() for p in net.parameters())
     assert card["sigma_data"] == pytest.approx(float(train.double().std()), rel=1e-5)
     assert card["data_mean"] == pytest.approx(float(train.double().mean()), rel=1e-5)
-    assert card["lenet_accuracy"] == accuracy(lenet, test, load_mnist("test", str(data))[1]) > 0.9
+    assert card["lenet_accuracy"] == accuracy(lenet, test, load_mnist("test", str(data))[1]) > 0.8
     reference = moments(lenet_features(lenet, train))
     yardstick = frechet_distance(*moments(lenet_features(lenet, test)), *reference)
     assert card["lenet_fid_test_vs_train"] == pytest.approx(yardstick, rel=1e-5)

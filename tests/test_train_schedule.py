@@ -84,7 +84,7 @@ def test_sidecar_tells_everything(run):
     assert expected <= set(record)
     assert record["network"] == {"name": "oned", "sha256": None} and "--network=oned" not in record["versions"]
     assert record["J"] / record["J_star"] == pytest.approx(record["J_over_J_star"])
-    # 1-D, uniform: J = E|x_0| int (1 + s^2)^(-3/2) ds, J* = E|x_0| (int (1 + s^2)^(-3/4) ds)^2 / 3; the ratio is free of x_0
+    # 1-D, uniform: J = E|x_0| int (1 + s^2)^(-3/2) ds, J* = E|x_0| (int (1 + s^2)^(-3/4) ds)^2 / 3
     s = np.linspace(0, 3, 30001)
     whole, root = (np.trapezoid((1 + s**2) ** power, s) for power in (-1.5, -0.75))
     assert record["J_over_J_star_rules"]["uniform"] == pytest.approx(3 * whole / root**2, rel=1e-3)
@@ -93,7 +93,8 @@ def test_sidecar_tells_everything(run):
 def test_direct_writes_the_optimum(run):
     assert run("--network=oned", "--steps=10", "--method=direct", "--out=d.npy", "--quiet").exit_code == 0
     values, record = load_grid("d.npy").values, json.loads(Path("d.json").read_text())
-    mass = np.array([np.trapezoid((1 + np.linspace(0, v, 4001) ** 2) ** -0.75, np.linspace(0, v, 4001)) for v in values])
+    lines = [np.linspace(0, v, 4001) for v in values]
+    mass = np.array([np.trapezoid((1 + line**2) ** -0.75, line) for line in lines])
     assert np.diff(mass) == pytest.approx(-mass[0] / 10, rel=2e-3)  # equal steps of int sqrt(q)
     assert record["J_over_J_star"] == pytest.approx(1, abs=1e-4) and record["terminal_error"] is None
 
@@ -120,7 +121,7 @@ def test_paper_preset_runs_once_for_each_number_of_steps(run):
     for k in (3, 4):
         record = json.loads(Path(f"p{k}.json").read_text())
         settings = record["settings"]
-        assert (settings["train_steps"], settings["clock"], settings["trace"], settings["batch"]) == (k, "linear", 0.0, 1)
+        assert [settings[key] for key in ("train_steps", "clock", "trace", "batch")] == [k, "linear", 0.0, 1]
         assert record["evaluations_by_stage"] == {"profile": 4 * 80 * 3, "rl": 8 * k * 3}  # 8 iterations, one path
 
 
@@ -183,10 +184,11 @@ def test_network_that_returns_nan_names_the_level_and_keeps_what_was_learned(run
     def failing(self, x, sigma, class_labels):
         evaluated["images"] += len(x)
         out = honest(self, x, sigma, class_labels)
-        return torch.where(sigma.reshape(-1, 1, 1, 1) < 0.5, torch.nan, 1.0) * out if evaluated["images"] > 2000 else out
+        broken = (sigma.reshape(-1, 1, 1, 1) < 0.5) & (evaluated["images"] > 2000)
+        return torch.where(broken, torch.nan, 1.0) * out
 
     monkeypatch.setattr(GaussianDenoiser, "denoise", failing)
-    arguments = ("--network=gaussian:0.5", "--steps=4", "--rollout=live", "--out=g.npy", "--iterations=3", "--trajectories=4")
+    arguments = ("--network=gaussian:0.5", "--steps=4", "--rollout=live", "--out=g.npy", *SMALL[:2])
     refused(run(*arguments), "NaN", "sigma = 0.", "g.ckpt")
     assert os.listdir() == ["g.ckpt"]
     monkeypatch.setattr(GaussianDenoiser, "denoise", honest)
@@ -251,7 +253,9 @@ def uninterrupted(tmp_path_factory):
     return (folder / "g.npy").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "iteration"), [(signal.SIGKILL, 5), (signal.SIGKILL, 35), (signal.SIGTERM, 12), (signal.SIGINT, 3)])
+@pytest.mark.parametrize(
+    ("number", "iteration"), [(signal.SIGKILL, 5), (signal.SIGKILL, 35), (signal.SIGTERM, 12), (signal.SIGINT, 3)]
+)
 def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, uninterrupted, number, iteration):
     process = start(tmp_path, "--out=g.npy")
     wait_for_iteration(tmp_path / "g.ckpt", process, iteration)

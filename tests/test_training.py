@@ -248,7 +248,7 @@ def test_learns_from_a_wrong_base_clock(clock, factor):
     model = gaussian()
     config = replace(
         PRESETS["default"], clock=clock, clock_sigma_data=factor and 0.5 * factor, iterations=300, batch=64,
-        train_steps=48,
+        train_steps=32,
     )
     result = train(model, config)
     base = make_clock(clock, 80.0, 0.5 * (factor or 1))

@@ -112,7 +112,8 @@ def main(**options: Any) -> None:
     check(settings)
     data = {split: load_mnist(split, settings.data) for split in ("train", "test")}
     images = {split: (to_images(pixels), labels) for split, (pixels, labels) in data.items()}
-    again = command_line() + ("" if settings.resume else " --resume")
+    line = command_line()
+    again = line if "--resume" in line.split() else f"{line} --resume"
     try:
         with GracefulStop() as stop:
             card = run(settings, images, stop)

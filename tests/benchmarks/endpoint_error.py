@@ -63,11 +63,12 @@ def main(network: str, steps: str, noises: int, fine: int, seed: int, out: Optio
 
 def show(solver: str, k: int, rows: Dict[str, dict]) -> Tuple[str, ...]:
     """Print one row of the table; returns the hand-made rules that beat the learned grid."""
-    cells = "  ".join(f"{name} {row['rms']:.4f}±{row['stderr']:.4f} ({row['median']:.4f})" for name, row in rows.items())
+    parts = (f"{name} {row['rms']:.4f}±{row['stderr']:.4f} ({row['median']:.4f})" for name, row in rows.items())
     rules = [name for name in rows if name not in ("direct", "ART-RL")]
     beaten = tuple(name for name in rules if rows[name]["rms"] <= rows["ART-RL"]["rms"])
     ratio = rows["edm"]["rms"] / rows["ART-RL"]["rms"]
     verdict = f"NOT below {json.dumps(beaten)}" if beaten else "RL below every rule"
+    cells = "  ".join(parts)
     click.echo(f"{solver:<6} K={k:<3} {cells}  edm/RL {ratio:.2f}  {verdict}")
     return beaten
 

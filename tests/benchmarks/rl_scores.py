@@ -68,7 +68,8 @@ def cases(which: Tuple[str, ...]) -> List[Tuple[str, Denoiser, TrainConfig]]:
         for name in ("gaussian", "mnist"):
             denoiser = fields[name]()
             wide = replace(default, clock_sigma_data=3 * denoiser.sigma_data)
-            found += [(f"{name}, sigma_data x 3", denoiser, wide), (f"{name}, EDM clock", denoiser, replace(default, clock="edm"))]
+            found.append((f"{name}, sigma_data x 3", denoiser, wide))
+            found.append((f"{name}, EDM clock", denoiser, replace(default, clock="edm")))
     if "live" in which:
         found.append(("mnist, live", fields["mnist"](), live(default)))
     return found
@@ -91,12 +92,13 @@ def main(which: Tuple[str, ...], seeds: int, out: Optional[Path]) -> None:
             result = train(denoiser, replace(config, seed=seed))
             own = result.profile.direct(4096).values
             record = {
-                "case": name, "seed": seed, "start": base_score(config, denoiser, profile), "J_over_J_star": score(result, profile),
-                "direct": profile.cost(own) / profile.optimum, "terminal_error": result.terminal_error,
+                "case": name, "seed": seed, "start": base_score(config, denoiser, profile),
+                "J_over_J_star": score(result, profile), "direct": profile.cost(own) / profile.optimum, "terminal_error": result.terminal_error,
                 "evaluations": result.evaluations, "seconds": result.seconds,
             }
             line = f"{name:<24} seed {seed}  start {record['start']:.4f}  RL {record['J_over_J_star']:.4f}  "
-            line += f"direct {record['direct']:.4f}  RL {result.seconds['rl']:.1f} s  {sum(result.evaluations.values()):,} evaluations"
+            line += f"direct {record['direct']:.4f}  RL {result.seconds['rl']:.1f} s  "
+            line += f"{sum(result.evaluations.values()):,} evaluations"
             if field == "oned":
                 record["end"] = {k: linear_end_error(result.learned.grid(k).values) for k in ENDS["K"]}
                 direct = {k: linear_end_error(profile.direct(k).values) for k in ENDS["K"]}
