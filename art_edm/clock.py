@@ -132,20 +132,30 @@ class ComposedClock(Clock):
     def __init__(self, base: Clock, knots: np.ndarray) -> None:
         super().__init__(base.sigma_max)
         self.base, self.knots, self.name = base, np.asarray(knots, np.float64), base.name
-        path = PchipInterpolator(np.linspace(0, 1, len(self.knots)), self.knots)
-        self._path, self._speed = path, path.derivative()
-        self._table_tau = np.linspace(0, 1, 64 * (len(self.knots) - 1) + 1)
-        self._table_s = path(self._table_tau)
+        self._path = PchipInterpolator(np.linspace(0, 1, len(self.knots)), self.knots)
+        self._speed = self._path.derivative()
+
+    def _at(self, tau: Array) -> np.ndarray:
+        """The path; its ends to the bit."""
+        return np.where(tau >= 1, 1.0, np.where(tau <= 0, 0.0, self._path(tau)))
 
     def sigma(self, s: Array) -> np.ndarray:
-        return self.base.sigma(self._path(np.clip(s, 0, 1)))
+        return self.base.sigma(self._at(np.clip(s, 0, 1)))
 
     def fraction(self, sigma: Array) -> np.ndarray:
-        return np.interp(self.base.fraction(sigma), self._table_s, self._table_tau)
+        target = np.asarray(self.base.fraction(sigma), np.float64)
+        last = len(self.knots) - 1
+        below = np.clip(np.searchsorted(self.knots, target, side="right") - 1, 0, last - 1) / last
+        above = below + 1 / last
+        for _ in range(52):  # bisection: the path may stand still at a knot, where Newton would leap
+            middle = (below + above) / 2
+            before = self._at(middle) < target
+            below, above = np.where(before, middle, below), np.where(before, above, middle)
+        return np.where(target >= 1, 1.0, np.where(target <= 0, 0.0, (below + above) / 2))
 
     def rate(self, s: Array) -> np.ndarray:
         s = np.clip(s, 0, 1)
-        return self.base.rate(self._path(s)) * self._speed(s)
+        return self.base.rate(self._at(s)) * self._speed(s)
 
 
 CLOCKS = ("gaussian", "linear", "edm")

@@ -21,6 +21,7 @@ from torch import nn
 __all__ = ["Critic", "Policy", "make_features", "sample_action"]
 
 CLOSE = 3e-3  # resolution of log(1 - s)
+WIDE = 8.0  # scale of the first layer's start
 
 
 def make_features(tau: float, s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -30,12 +31,16 @@ def make_features(tau: float, s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp(inputs: int, width: int, generator: torch.Generator) -> nn.Sequential:
-    """Two hidden layers of tanh; the last layer starts at zero. Initialised from `generator` alone."""
+    """Two hidden layers of tanh; the last layer starts at zero. Initialised from `generator` alone.
+
+    The first layer starts wide, as random features: a clock must be able to change its pace within a
+    twentieth of its run, where an ordinary start needs thousands of steps to get beyond a slow bend.
+    """
     net = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
     with torch.no_grad():
         for layer in net:
             if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5
+                bound = layer.in_features**-0.5 * (WIDE if layer is net[0] else 1)
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
         net[-1].weight.zero_()
@@ -54,7 +59,7 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, generator: torch.Generator, state: bool = False, arrive: Optional[float] = None, width: int = 32
+        self, generator: torch.Generator, state: bool = False, arrive: Optional[float] = None, width: int = 48
     ) -> None:
         super().__init__()
         self.inputs, self.arrive = 4 if state else 3, arrive
@@ -73,7 +78,7 @@ class Policy(nn.Module):
 class Critic(nn.Module):
     """V(features), zero at tau = 1 by construction."""
 
-    def __init__(self, generator: torch.Generator, width: int = 32) -> None:
+    def __init__(self, generator: torch.Generator, width: int = 48) -> None:
         super().__init__()
         self.net = _mlp(4, width, generator)
 

@@ -13,9 +13,10 @@ else, so that a resumed run gives the bytes of an uninterrupted one.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -141,7 +142,11 @@ def train(
         Stopped: Ctrl-C or SIGTERM; the state is saved.
         NonFiniteOutput: the denoiser failed at a noise level; what was learned so far is saved.
         CheckpointMismatch: the checkpoint is of other settings.
+        ValueError: settings that contradict each other.
     """
+    if config.batch % config.repeats or (config.baseline and config.batch == 1):
+        found = f"batch is {config.batch} with repeats = {config.repeats}, baseline = {config.baseline}"
+        raise ValueError(f"{found}; expected a multiple of repeats, and at least 2 for a baseline")
     run = _Run(denoiser, config, identity, checkpoint, quiet)
     if resume and checkpoint is not None and checkpoint.exists():
         run.restore()
@@ -149,12 +154,24 @@ def train(
         try:
             run.measure(stop)
             if config.method == "rl":
-                run.learn(stop)
+                with _few_threads(config.rollout == "cached"):
+                    run.learn(stop)
         except NonFiniteOutput as error:
             if run.save():
                 raise NonFiniteOutput(f"{error}. What was learned so far is in {checkpoint}") from None
             raise
     return run.result()
+
+
+@contextmanager
+def _few_threads(single: bool) -> Iterator[None]:
+    """One thread where all tensors are small: more cost time, and would make the bytes depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if single else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Run:
@@ -335,7 +352,7 @@ class _Run:
             content = torch.load(self.checkpoint, weights_only=True)
             found = content["settings"]
         except Exception as error:  # torch raises many kinds for a file that is not one of its own
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
             raise CheckpointMismatch(f"{self.checkpoint} is not a checkpoint ({reason}); remove it") from None
         for key, value in self.settings.items():
             if found.get(key) != value:

@@ -93,7 +93,8 @@ def main(which: Tuple[str, ...], seeds: int, out: Optional[Path]) -> None:
             own = result.profile.direct(4096).values
             record = {
                 "case": name, "seed": seed, "start": base_score(config, denoiser, profile),
-                "J_over_J_star": score(result, profile), "direct": profile.cost(own) / profile.optimum, "terminal_error": result.terminal_error,
+                "J_over_J_star": score(result, profile), "direct": profile.cost(own) / profile.optimum,
+                "terminal_error": result.terminal_error,
                 "evaluations": result.evaluations, "seconds": result.seconds,
             }
             line = f"{name:<24} seed {seed}  start {record['start']:.4f}  RL {record['J_over_J_star']:.4f}  "
