@@ -64,7 +64,7 @@ class TrainConfig:
     temperature: Optional[float] = None  # lambda of (11) in the units of |Q|; None: (rho c)^2
     epsilon: float = 0.1  # floor of q in the policy's variance, in units of c^2 (of |Q| when not normalised)
     normalise: bool = True  # measure cost in units of c^2 and time in units of T
-    trace: float = 0.99  # weight of later temporal differences; 0 is (29) itself
+    trace: float = 1.0  # weight of later temporal differences; 0 is (29) itself, below 1 the critic's error biases
     baseline: bool = True  # subtract the mean advantage of each time and noise, scale to unit variance
     simpson: bool = True  # weigh a step by Simpson's rule; False: by q at its start
     euler: bool = False  # live paths follow Euler steps of (5)

@@ -82,7 +82,7 @@ def lively(state: bool, arrive: bool, steps: int) -> Policy:
     """A policy that depends on all its features."""
     policy = Policy(generator(3), state, 1 / steps if arrive else None)
     with torch.no_grad():
-        policy.net[-1].weight.normal_(std=0.3, generator=generator(4))
+        policy.net[-1].weight.normal_(std=0.05, generator=generator(4))
     return policy
 
 
