@@ -56,11 +56,11 @@ class TrainConfig:
     clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
     clock_sigma_data: Optional[float] = None  # of the Gaussian clock; None: the denoiser's own
     rounds: int = 2  # times to start again from the learned clock
-    iterations: int = 300  # over all rounds
+    iterations: int = 400  # over all rounds
     batch: int = 256  # rollouts per iteration
     repeats: int = 8  # of which so many of each noise; their mean is the baseline
-    train_steps: int = 64  # N, steps of a rollout; finer than the deployed K
-    exploration: float = 0.2  # rho: relative noise of the policy at the optimum
+    train_steps: int = 80  # N, steps of a rollout; finer than the deployed K
+    exploration: float = 0.25  # rho: relative noise of the policy at the optimum
     temperature: Optional[float] = None  # lambda of (11) in the units of |Q|; None: (rho c)^2
     epsilon: float = 0.1  # floor of q in the policy's variance, in units of c^2 (of |Q| when not normalised)
     normalise: bool = True  # measure cost in units of c^2 and time in units of T
