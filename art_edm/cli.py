@@ -1,7 +1,7 @@
 """What the command-line tools share: one-line errors with honest exit codes, and the record of a command.
 
 Exit codes: 0 done; 2 something the user gave cannot be used (nothing was written); 1 the work could
-not be finished (stopped, or no connection).
+not be finished (stopped, no connection, or learning diverged).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _OneLineErrors(click.Command):
             result = super().main(*args, standalone_mode=False, **kwargs)
         except (click.Abort, KeyboardInterrupt):
             sys.exit("Aborted")
-        except (Stopped, ConnectionError) as error:
+        except (Stopped, ConnectionError, FloatingPointError) as error:
             if not standalone_mode:
                 raise
             sys.exit(" ".join(str(error).split()))

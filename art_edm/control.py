@@ -25,6 +25,8 @@ from .profile import Profile, advance
 
 __all__ = ["CachedEnvironment", "Environment", "LiveEnvironment", "RolloutSettings", "Trajectory", "rollout"]
 
+DIVERGED = "lower its rates, or leave --preset=paper and --clock=linear, which are ill-conditioned at large sigma_max"
+
 
 class Environment:
     """A batch of paths, each at its own fraction s of the base clock."""
@@ -140,6 +142,8 @@ def rollout(
 ) -> Trajectory:
     """Travel `batch` paths under the policy, equations (10)-(12) in discrete time.
 
+    Raises a FloatingPointError if the policy has diverged.
+
     Simpson's rule over the step sees what the start of the step hides: with the left endpoint alone the
     policy learns to leap over the costly region from a cheap point before it.
     """
@@ -153,6 +157,8 @@ def rollout(
         features = make_features(k * dtau, env.s, q)
         with torch.no_grad():
             mean = policy(features.float()).double()
+        if not mean.isfinite().all():
+            raise FloatingPointError(f"the policy's speed is not finite at step {k}: learning diverged; {DIVERGED}")
         action = sample_action(mean, q, settings.temperature, settings.epsilon, noises[k])
         start, more = q, k + 1 < settings.num_steps
         if settings.simpson:

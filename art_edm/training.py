@@ -84,19 +84,21 @@ _DEFAULT = TrainConfig()
 PRESETS: Dict[str, TrainConfig] = {
     "default": _DEFAULT,
     # The paper's literal recipe: raw physical time, one live trajectory per iteration, TD(0), fixed lambda.
-    # Its number of steps is the deployed K (train_steps is set to it by the caller).
+    # Its number of steps is the deployed K (train_steps is set to it by the caller). Adam, because the plain
+    # steps of (29) overflow within a few iterations in raw time on a network with sigma_max = 80.
     "paper": replace(
         _DEFAULT, preset="paper", rollout="live", clock="linear", rounds=1, iterations=5000, batch=1, repeats=1,
         train_steps=18, temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False, simpson=False,
-        euler=True, state=True, arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-4,
-        critic_rate=1e-4, optimizer="sgd", decay=False, keep=100,
+        euler=True, state=True, arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-3,
+        critic_rate=1e-3, decay=False, keep=100,
     ),
 }
 
 
 def live(config: TrainConfig) -> TrainConfig:
     """`config` with the sizes that suit rollouts which cost evaluations: 3 (2 N + 1) per path and iteration."""
-    return replace(config, rollout="live", batch=16, repeats=4, train_steps=24, rounds=1, iterations=100, keep=256)
+    sizes = dict(batch=8, repeats=4, train_steps=48, iterations=100, actor_rate=1e-2, keep=256)
+    return replace(config, rollout="live", **sizes)
 
 
 @dataclass

@@ -282,9 +282,16 @@ def test_paper_preset_runs():
     assert result.learned.mean.shape == (19,) and (np.diff(result.learned.mean) > 0).all()
     assert result.learned.clock.name == "linear" and len(result.history) == 5
     assert result.learned.grid(18).sigma_max == 3.0
-    paper = PRESETS["paper"]  # the literal recipe: (29) with plain steps, one path, raw physical time
-    assert (paper.trace, paper.batch, paper.optimizer, paper.temperature) == (0.0, 1, "sgd", 0.1)
+    paper = PRESETS["paper"]  # the literal recipe: plain differences, one path, raw physical time
+    assert (paper.trace, paper.batch, paper.iterations, paper.temperature) == (0.0, 1, 5000, 0.1)
     assert not (paper.normalise or paper.baseline or paper.simpson or paper.arrive)
+
+
+def test_learning_that_diverges_says_so():
+    """The plain steps of (29), far too large: the policy is blamed, not the denoiser."""
+    config = replace(PRESETS["paper"], optimizer="sgd", actor_rate=1e6, iterations=50, trajectories=4, points=8)
+    with pytest.raises(FloatingPointError, match="learning diverged; lower its rates"):
+        train(one_dimensional(), config)
 
 
 def test_direct_method_learns_nothing(tmp_path):
