@@ -312,3 +312,13 @@ def test_rewards_by_hand():
     ])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
     assert not np.allclose(rewards(path, settings(2, 0.05, 4.0), 1.5, 20.0).numpy(), expected)
+
+
+def test_a_policy_that_has_diverged_is_blamed_and_not_the_denoiser(profile):
+    policy = lively(False, True, 8)
+    env = FixedCached(profile, GaussianClock(80.0, 1.0), 1.0)
+    assert rollout(env, policy, settings(8), BATCH, generator()).cost.isfinite().all()
+    with torch.no_grad():
+        policy.net[-1].bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite at step 0: learning diverged; lower its rates"):
+        rollout(env, policy, settings(8), BATCH, generator())
