@@ -101,7 +101,8 @@ def _parts(images: torch.Tensor, config: ScoreConfig, device: str) -> Tuple[Dict
     build = dict(size, sigma_data=float(std), data_mean=float(mean))
     net, ema = (ScoreUNet(**build).to(device, memory_format=torch.channels_last) for _ in range(2))
     ema.load_state_dict(net.state_dict())
-    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
+    fused = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)  # on the CPU only from there on
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=fused)
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
     return build, parts
 
