@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "art_edm"
 LAYERS: Dict[int, str] = {
-    -1: "files progress seeding",
+    -1: "files progress seeding config",
     0: "denoiser grid clock policy frechet",
     1: "analytic unet features mnist field images",
     2: "solvers profile loading pretrain",

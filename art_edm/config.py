@@ -1,0 +1,69 @@
+"""Settings of a training run, and the presets.
+
+The defaults are this project's recipe; `paper` is the paper's literal one (arXiv 2607.02137).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Dict, Optional
+
+__all__ = ["PRESETS", "TrainConfig", "live"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; the defaults are the `default` preset."""
+
+    method: str = "rl"  # rl, or direct: the closed-form optimum of the profile
+    rollout: str = "cached"  # cached: |Q| from the dense trajectories; live: the denoiser in every rollout
+    preset: str = "default"  # where the other values came from
+    seed: int = 0
+    trajectories: int = 32  # M, dense trajectories of the profile
+    points: int = 80  # P, noise levels on each; M P 3 evaluations
+    clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
+    clock_sigma_data: Optional[float] = None  # of the Gaussian clock; None: the denoiser's own
+    rounds: int = 2  # times to start again from the learned clock
+    iterations: int = 400  # over all rounds
+    batch: int = 256  # rollouts per iteration
+    repeats: int = 8  # of which so many of each noise; their mean is the baseline
+    train_steps: int = 80  # N, steps of a rollout; finer than the deployed K
+    exploration: float = 0.25  # rho: relative noise of the policy at the optimum
+    temperature: Optional[float] = None  # lambda of (11) in the units of |Q|; None: (rho c)^2
+    epsilon: float = 0.1  # floor of q in the policy's variance, in units of c^2 (of |Q| when not normalised)
+    normalise: bool = True  # measure cost in units of c^2 and time in units of T
+    trace: float = 1.0  # weight of later temporal differences; 0 is (29) itself, below 1 the critic's error biases
+    baseline: bool = True  # subtract the mean advantage of each time and noise, scale to unit variance
+    simpson: bool = True  # weigh a step by Simpson's rule; False: by q at its start
+    euler: bool = False  # live paths follow Euler steps of (5)
+    state: bool = False  # the policy, too, sees q of the sample
+    arrive: bool = True  # the policy's mean speed is relative to the one that arrives in time
+    penalty: float = 20.0  # quadratic terminal term
+    multiplier: float = -2.0  # gamma at the start; -2 c is its value at the optimum
+    multiplier_rate: float = 0.3  # step of (30)
+    actor_rate: float = 6e-3
+    critic_rate: float = 1e-2
+    optimizer: str = "adam"  # adam; sgd: the plain steps of (29)
+    decay: bool = True  # steps shrink linearly within a round
+    keep: int = 1024  # M of the distillation: the last trajectories averaged
+
+
+_DEFAULT = TrainConfig()
+PRESETS: Dict[str, TrainConfig] = {
+    "default": _DEFAULT,
+    # The paper's literal recipe: raw physical time, one live trajectory per iteration, TD(0), fixed lambda.
+    # Its number of steps is the deployed K (train_steps is set to it by the caller). Adam, because the plain
+    # steps of (29) overflow within a few iterations in raw time on a network with sigma_max = 80.
+    "paper": replace(
+        _DEFAULT, preset="paper", rollout="live", clock="linear", rounds=1, iterations=5000, batch=1, repeats=1,
+        train_steps=18, temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False, simpson=False,
+        euler=True, state=True, arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-3,
+        critic_rate=1e-3, decay=False, keep=100,
+    ),
+}
+
+
+def live(config: TrainConfig) -> TrainConfig:
+    """`config` with the sizes that suit rollouts which cost evaluations: 3 (2 N + 1) per path and iteration."""
+    sizes = dict(batch=8, repeats=4, train_steps=48, iterations=100, actor_rate=1e-2, keep=256)
+    return replace(config, rollout="live", **sizes)
