@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Optional, Sequence, Tuple
 
 import numpy as np
-import requests
 import torch
 
-from .files import atomic_write, cache_dir
+from .download import DownloadError, DownloadRefused, download
+from .files import cache_dir
 
 __all__ = ["FILES", "MIRRORS", "load_mnist", "to_images"]
 
@@ -64,12 +64,7 @@ def _raw(name: str, data: Optional[str], mirrors: Sequence[str]) -> bytes:
     """The verified, decompressed bytes of one file."""
     if data is not None:
         return _from_folder(name, Path(data))
-    cached = cache_dir() / "mnist" / f"{name}.gz"
-    if cached.exists():
-        content = _decompress(cached.read_bytes())
-        if _is_true(name, content):
-            return content
-    return _download(name, cached, mirrors)
+    return _decompress(_from_mirrors(name, mirrors).read_bytes())
 
 
 def _from_folder(name: str, folder: Path) -> bytes:
@@ -95,22 +90,19 @@ def _decompress(blob: bytes) -> bytes:
         return b""
 
 
-def _download(name: str, cached: Path, mirrors: Sequence[str]) -> bytes:
-    failures = []
+def _from_mirrors(name: str, mirrors: Sequence[str]) -> Path:
+    """The compressed file in the cache, from the first mirror that has it; the next mirror is the next attempt."""
+
+    def check(path: Path) -> None:
+        if not _is_true(name, _decompress(path.read_bytes())):
+            raise ValueError("checksum differs")
+
+    folder, failures = cache_dir() / "mnist", []
     for mirror in mirrors:
         url = f"{mirror}{name}.gz"
         try:
-            reply = requests.get(url, timeout=30)
-            reply.raise_for_status()
-        except requests.RequestException as error:
-            failures.append(f"{url}: {type(error).__name__}")
-            continue
-        content = _decompress(reply.content)
-        if _is_true(name, content):
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            blob = reply.content
-            atomic_write(cached, lambda file, blob=blob: file.write(blob))
-            return content
-        failures.append(f"{url}: checksum differs")
+            return download(url, folder=folder, check=check, name=f"{name}.gz", delays=())
+        except (DownloadError, DownloadRefused) as error:
+            failures.append(f"{url}: {error.reason}")
     tried = "; ".join(failures)
     raise ConnectionError(f"could not download {name} ({tried}); put the files in a folder and give --data")

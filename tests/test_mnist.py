@@ -6,12 +6,11 @@ import gzip
 import hashlib
 import os
 import struct
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import torch
+from loopback import Loopback, isolate, status, whole
 
 from art_edm import mnist
 from art_edm.mnist import load_mnist, to_images
@@ -32,42 +31,36 @@ def fake_files():
 CONTENT = fake_files()
 
 
-class Mirror(BaseHTTPRequestHandler):
-    """Paths are /KIND/name.gz; a KIND is a way to fail, or `good`."""
-
-    def do_GET(self):
-        _, kind, name = self.path.split("/")
-        self.server.asked.append(f"{kind}/{name}")
-        blob = gzip.compress(CONTENT[name[:-3]])
-        if kind == "missing":
-            return self.send_error(404)
-        body = {"good": blob, "truncated": blob[:-20], "html": b"<html>sign in</html>",
-                "corrupt": gzip.compress(CONTENT[name[:-3]][:-1] + b"!"), "short": blob[:-20]}[kind]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(blob) if kind == "short" else len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+def answers(content):
+    """Kinds of mirrors: `good`, or a way to fail -> their answer for a file."""
+    blob = gzip.compress(content)
+    return {"good": whole(blob), "missing": status(404), "truncated": whole(blob[:-20]), "short": whole(blob, cut=20),
+            "html": whole(b"<html>sign in</html>"), "corrupt": whole(gzip.compress(content[:-1] + b"!"))}
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A mirror on this computer, an empty cache, and the checksums of the fake files."""
+    """Mirrors on this computer, an empty cache, and the checksums of the fake files."""
     monkeypatch.setattr(mnist, "FILES", {name: hashlib.sha256(c).hexdigest() for name, c in CONTENT.items()})
-    monkeypatch.setenv("ART_EDM_CACHE", str(tmp_path / "cache"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    server = HTTPServer(("127.0.0.1", 0), Mirror)
-    server.asked = []
-    server.address = lambda *kinds: [f"http://127.0.0.1:{server.server_port}/{kind}/" for kind in kinds]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    isolate(monkeypatch, tmp_path / "cache")
+    with Loopback() as server:
+        for name, content in CONTENT.items():
+            for kind, answer in answers(content).items():
+                server.on(f"/{kind}/{name}.gz", answer)
+        yield server
+
+
+def mirrors(server, *kinds):
+    return [server.url(f"/{kind}/") for kind in kinds]
+
+
+def asked(server):
+    return [request.path[1:] for request in server.asked]
+
+
+def kept(tmp_path):
+    """Names of the finished files in the cache."""
+    return sorted(path.name for path in (tmp_path / "cache" / "mnist").glob("*.gz"))
 
 
 @pytest.fixture
@@ -93,49 +86,54 @@ def assert_true(split, pixels, labels):
 
 
 @pytest.mark.parametrize("bad", ["missing", "truncated", "corrupt", "html", "short"])
-def test_the_second_mirror_serves_when_the_first_fails(server, bad):
-    assert_true("train", *load_mnist("train", mirrors=server.address(bad, "good")))
-    assert [a.split("/")[0] for a in server.asked] == [bad, "good"] * 2
+def test_the_second_mirror_serves_when_the_first_fails(server, tmp_path, bad):
+    assert_true("train", *load_mnist("train", mirrors=mirrors(server, bad, "good")))
+    assert [a.split("/")[0] for a in asked(server)] == [bad, "good"] * 2  # the next mirror is the next attempt
+    assert kept(tmp_path) == ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
 
 
 def test_a_good_first_mirror_is_enough(server):
-    assert_true("test", *load_mnist("test", mirrors=server.address("good", "missing")))
-    assert server.asked == ["good/t10k-images-idx3-ubyte.gz", "good/t10k-labels-idx1-ubyte.gz"]
+    assert_true("test", *load_mnist("test", mirrors=mirrors(server, "good", "missing")))
+    assert asked(server) == ["good/t10k-images-idx3-ubyte.gz", "good/t10k-labels-idx1-ubyte.gz"]
 
 
 def test_every_mirror_and_its_failure_is_named(server, tmp_path):
-    mirrors = [*server.address("missing", "corrupt"), "http://127.0.0.1:9/"]  # nothing listens on port 9
+    tried = [*mirrors(server, "missing", "corrupt", "html"), "http://127.0.0.1:9/"]  # nobody listens there
     with pytest.raises(ConnectionError) as caught:
-        load_mnist("train", mirrors=mirrors)
-    text = str(caught.value)
-    name = "train-images-idx3-ubyte.gz"
-    for mirror, why in zip(mirrors, ["HTTPError", "checksum differs", "ConnectionError"]):
+        load_mnist("train", mirrors=tried)
+    text, name = str(caught.value), "train-images-idx3-ubyte.gz"
+    reasons = ["the server answered 404 Not Found", "checksum differs",
+               "the address answered with a web page, not a file", "no connection"]
+    for mirror, why in zip(tried, reasons):
         assert f"{mirror}{name}: {why}" in text
-    assert "--data" in text and "\n" not in text
-    assert not (tmp_path / "cache" / "mnist").exists()  # nothing false is kept
+    assert text.endswith("put the files in a folder and give --data") and "\n" not in text
+    assert kept(tmp_path) == []  # nothing false is kept
 
 
 # --- the cache ---------------------------------------------------------------------------------------
 
 
 def test_a_cached_file_needs_no_network(server, tmp_path):
-    load_mnist("train", mirrors=server.address("good"))
-    assert len(list((tmp_path / "cache" / "mnist").iterdir())) == 2
+    load_mnist("train", mirrors=mirrors(server, "good"))
     server.asked.clear()
-    assert_true("train", *load_mnist("train", mirrors=[]))  # no mirror to ask: a twin without the cache must fail
+    nowhere = ["http://127.0.0.1:9/"]
+    assert_true("train", *load_mnist("train", mirrors=nowhere))
     assert server.asked == []
-    with pytest.raises(ConnectionError):
-        load_mnist("test", mirrors=[])
+    with pytest.raises(ConnectionError):  # the other split is not in the cache
+        load_mnist("test", mirrors=nowhere)
 
 
+@pytest.mark.parametrize("record", [True, False])
 @pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b"", lambda b: gzip.compress(b"other")])
-def test_a_damaged_cache_is_downloaded_again(server, tmp_path, damage):
-    load_mnist("train", mirrors=server.address("good"))
+def test_a_damaged_cache_is_downloaded_again(server, tmp_path, damage, record):
+    load_mnist("train", mirrors=mirrors(server, "good"))
     cached = tmp_path / "cache" / "mnist" / "train-images-idx3-ubyte.gz"
     cached.write_bytes(damage(cached.read_bytes()))
+    if not record:  # as an earlier version of this package left it
+        cached.with_name(cached.name + ".json").unlink()
     server.asked.clear()
-    assert_true("train", *load_mnist("train", mirrors=server.address("good")))
-    assert server.asked == ["good/train-images-idx3-ubyte.gz"]  # only that one
+    assert_true("train", *load_mnist("train", mirrors=mirrors(server, "good")))
+    assert asked(server) == ["good/train-images-idx3-ubyte.gz"]  # only that one
     assert hashlib.sha256(gzip.decompress(cached.read_bytes())).hexdigest() == mnist.FILES[cached.stem]
 
 
