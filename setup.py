@@ -16,8 +16,10 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.9",
-    packages=["art_edm"],
-    package_data={"art_edm": ["weights/*"]},
+    # The list of known sources is read at run time: an installed package has a copy, a checkout its own file.
+    packages=["art_edm", "art_edm.third_party"],
+    package_dir={"art_edm.third_party": "third_party"},
+    package_data={"art_edm": ["weights/*"], "art_edm.third_party": ["upstream.json"]},
     install_requires=["torch>=2.0", "numpy", "click", "pillow", "scipy", "requests"],
-    extras_require={"plot": ["matplotlib"], "test": ["pytest", "hypothesis", "ruff", "matplotlib"]},
+    extras_require={"plot": ["matplotlib"], "test": ["pytest", "hypothesis", "ruff", "matplotlib", "tqdm"]},
 )

@@ -1,0 +1,200 @@
+"""What the patched generate.py (EDM) and generate_images.py (EDM2) call; light, it imports no other part of art_edm.
+
+Symbols
+-------
+grid       the noise levels of a .npy, used as they are: `--schedule=FILE.npy`
+t_steps    noise levels of upstream's samplers, [K + 1], on their device and in their dtype
+
+Where no .npy is given, a patched script computes what the unpatched one computes, to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import click
+from click.core import ParameterSource
+
+from .grid import Grid, GridError, load_grid, resample
+
+__all__ = ["SIGMA_SLACK", "grid_levels", "schedule_option"]
+
+# How far, relatively, a grid may leave the network's range: upstream's own rule returns its end points only
+# up to rounding.
+SIGMA_SLACK = 1e-6
+
+# Options that a grid leaves nothing to say for: parameter, and how it is written.
+_CONTRADICTING = {
+    "discretization": "--disc", "scaling": "--scaling", "rho": "--rho", "sigma_min": "--sigma_min",
+    "sigma_max": "--sigma_max",
+}
+
+
+# --- in the samplers ---------------------------------------------------------------------------------
+
+
+def grid_levels(
+    grid: Union[Grid, Sequence[float]], net: Any, t_steps: Any,
+    discretization: str = "edm", schedule: str = "linear", scaling: str = "none",
+) -> Any:
+    """The grid's noise levels as a sampler of upstream takes them.
+
+    Args:
+        grid: a grid, or its values.
+        net: upstream's network; where it has `round_sigma`, all levels but the final 0 go through it.
+        t_steps: any tensor; the result has its dtype and device.
+        discretization, schedule, scaling: arguments of EDM's `ablation_sampler`; a grid replaces them.
+    Returns:
+        [K + 1], float, strictly descending to 0.
+    Raises:
+        GridError: not a grid; levels outside the network's range, or equal after rounding; an ablation.
+    """
+    if (discretization, schedule, scaling) != ("edm", "linear", "none"):
+        raise GridError(
+            f"found discretization = {discretization!r}, schedule = {schedule!r}, scaling = {scaling!r} with a grid, "
+            "whose values are noise levels; expected 'edm', 'linear', 'none'; leave these arguments out"
+        )
+    grid = grid if isinstance(grid, Grid) else Grid(grid)
+    _check_range(grid, net)
+    levels = t_steps.new_tensor(grid.values.tolist())  # [K + 1]
+    if hasattr(net, "round_sigma"):
+        levels[:-1] = net.round_sigma(levels[:-1]).to(levels)
+    _check_distinct(grid, levels.tolist())
+    return levels
+
+
+def _check_range(grid: Grid, net: Any) -> None:
+    """Upstream would clip to the network's range without a word; EDM2's networks have none."""
+    low, high = float(getattr(net, "sigma_min", 0)), float(getattr(net, "sigma_max", float("inf")))
+    if grid.sigma_max > high * (1 + SIGMA_SLACK):
+        raise GridError(
+            f"the grid starts at sigma = {grid.sigma_max:.9g}, above the network's sigma_max = {high:.9g}; "
+            f"make a grid with --sigma-max={high:.9g}"
+        )
+    last = grid.num_steps - 1
+    if grid.values[last] < low * (1 - SIGMA_SLACK):
+        raise GridError(
+            f"step {last} is at sigma = {grid.values[last]:.9g}, below the network's sigma_min = {low:.9g}; "
+            f"make a grid with --sigma-min={low:.9g}"
+        )
+
+
+def _check_distinct(grid: Grid, levels: List[float]) -> None:
+    """Refuse neighbours that rounding made equal (or, where upstream's rounding is inexact, ascending)."""
+    if levels[0] == float("inf"):
+        raise GridError(f"sigma = {grid.sigma_max:.9g} is too large for the sampler's precision; use smaller values")
+    before = grid.values
+    for i, (here, after) in enumerate(zip(levels[:-1], levels[1:])):
+        if not here > after:
+            raise GridError(
+                f"steps {i} and {i + 1} (sigma = {before[i]:.9g} and {before[i + 1]:.9g}) are the same noise level, "
+                f"{here:.9g}, after rounding to those the network supports; use fewer steps"
+            )
+
+
+# --- on the command line -----------------------------------------------------------------------------
+
+
+class _File(NamedTuple):
+    path: str
+    grid: Grid
+
+
+class _Unusable(click.ClickException):
+    exit_code = 2
+
+
+class _Schedule(click.ParamType):
+    """One of upstream's own names, or a .npy: read and checked while options are parsed, so before anything else."""
+
+    name = "schedule"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> Union[str, _File]:
+        if not isinstance(value, str) or value in self.names:
+            return value
+        if not value.endswith(".npy"):
+            expected = f"{', '.join(self.names)} or the" if self.names else "the"
+            self.fail(f"found {value!r}, expected {expected} name of a .npy file", param, ctx)
+        try:
+            return _File(value, load_grid(value))
+        except GridError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _ScheduleOption(click.Option):
+    """Collects every use of the option; click's own rule, the last one holds, would hide a contradiction."""
+
+    def consume_value(self, ctx: click.Context, opts: Any) -> Tuple[Any, ParameterSource]:
+        value, source = super().consume_value(ctx, opts)
+        return ((value,) if isinstance(value, str) else value), source  # a text in default_map is one value
+
+
+def schedule_option(command: click.Command) -> click.Command:
+    """Decorator, above `@click.command()`: `--schedule=FILE.npy`, beside the values upstream has for it, if any.
+
+    The command's function then gets `grid` and its number of steps; without a .npy it gets what it got before.
+    """
+    old = next((p for p in command.params if p.name == "schedule"), None)
+    names = list(getattr(old.type, "choices", ())) if old else []
+    option = _ScheduleOption(
+        ["--schedule"], multiple=True, type=_Schedule(names), metavar="|".join([*names, "FILE.npy"]),
+        help="Noise levels from FILE.npy, in as many steps as it has, or resampled to --steps"
+        + (f". Or: {old.help}" if old and old.help else ""),
+    )
+    if old:
+        command.params[command.params.index(old)] = option
+    else:
+        command.params.append(option)
+    command.callback = _with_grid(command.callback, keep_schedule=bool(old))
+    return command
+
+
+def _with_grid(callback: Callable[..., Any], keep_schedule: bool) -> Callable[..., Any]:
+    """`callback` with `schedule` turned into `grid` and `num_steps`."""
+
+    @functools.wraps(callback)
+    def call(*args: Any, **options: Any) -> Any:
+        given = options.pop("schedule", None) or ()
+        given = (given,) if isinstance(given, str) else given  # called from Python
+        files = [value for value in given if isinstance(value, _File)]
+        if not files:
+            extra = {"schedule": given[-1] if given else None} if keep_schedule else {}
+            return callback(*args, **options, **extra)
+        context = click.get_current_context()
+        _check_options(context, len(given))
+        try:
+            grid = _in_steps(context, files[0], options["num_steps"])
+            return callback(*args, **{**options, "num_steps": grid.num_steps, "grid": grid})
+        except GridError as error:
+            raise _Unusable(f"--schedule={files[0].path}: {error}") from None
+
+    return call
+
+
+def _given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+
+
+def _check_options(context: click.Context, times: int) -> None:
+    """Usage errors for what contradicts a grid."""
+    if times > 1:
+        raise click.UsageError(f"found --schedule {times} times, expected one; a grid does not combine with another")
+    for name, written in _CONTRADICTING.items():
+        if _given(context, name):
+            raise click.UsageError(f"found {written} together with a grid, which fixes the noise levels; "
+                                   f"leave out {written} or --schedule")
+
+
+def _in_steps(context: click.Context, file: _File, num_steps: int) -> Grid:
+    """The grid in the number of steps that was asked for, its own by default; said once, not by every process."""
+    if not _given(context, "num_steps") or num_steps == file.grid.num_steps:
+        return file.grid
+    grid = resample(file.grid, num_steps)
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"Resampled {file.path} from {file.grid.num_steps} to {num_steps} steps.")
+    return grid
