@@ -86,6 +86,8 @@ class LiveEnvironment(Environment):
     def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
         shape = (batch // repeats, *self.denoiser.img_shape)
         latents = torch.randn(shape, generator=generator, dtype=torch.float64).repeat(repeats, 1, 1, 1)
+        labels = self.denoiser.draw_labels(len(latents) // repeats, generator)
+        self.labels = None if labels is None else labels.repeat(repeats, 1)
         self.x = self.denoiser.initial(latents.to(self.denoiser.device), self.clock.sigma_max)
         self.s = torch.zeros(batch, dtype=torch.float64)
         self.point: Optional[Surrogate] = None
@@ -93,11 +95,11 @@ class LiveEnvironment(Environment):
     def _sigma(self) -> torch.Tensor:
         """Noise levels [B], never below the denoiser's lowest."""
         levels = self.clock.sigma(self.s.numpy().clip(0, self.floor))
-        return torch.from_numpy(np.maximum(levels, self.denoiser.sigma_min)).to(self.x)
+        return self.denoiser.round_sigma(torch.from_numpy(np.maximum(levels, self.denoiser.sigma_min)).to(self.x))
 
     def _look(self) -> Surrogate:
         if self.point is None:
-            self.point = surrogate(self.denoiser, self.x, self._sigma())
+            self.point = surrogate(self.denoiser, self.x, self._sigma(), self.labels)
         return self.point
 
     def weight(self) -> torch.Tensor:

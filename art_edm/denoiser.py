@@ -15,7 +15,7 @@ sets the attributes and writes `denoise`.
 from __future__ import annotations
 
 import itertools
-from typing import Optional, Union
+from typing import Optional, Tuple, Union
 
 import torch
 
@@ -35,6 +35,9 @@ class Denoiser(torch.nn.Module):
         img_channels: C.
         img_resolution: H (= W for networks; an exact distribution may have `img_shape` [C, H, W]).
         label_dim: number of classes, 0 when unconditional.
+        class_idx: the class of all images; None draws one for each.
+        networks: network calls per evaluation, 2 where one network guides another.
+        difference_step: relative half-width of the difference that measures |Q|; None until it is chosen.
         pinned: whether hand-made rules stop at sigma_min before 0, as EDM's does for networks.
         evaluations: images evaluated so far; the unit in which all costs are reported.
     """
@@ -43,6 +46,9 @@ class Denoiser(torch.nn.Module):
     sigma_max: float = 80.0
     sigma_data: float = 0.5
     label_dim: int = 0
+    class_idx: Optional[int] = None
+    networks: int = 1
+    difference_step: Optional[float] = 0.01
     pinned: bool = True
 
     def __init__(self, img_channels: int, img_resolution: int, img_width: Optional[int] = None) -> None:
@@ -57,6 +63,11 @@ class Denoiser(torch.nn.Module):
         """Where the weights are; the CPU for a model that has none."""
         tensors = itertools.chain(self.parameters(), self.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @property
+    def sigma_limits(self) -> Tuple[float, float]:
+        """Lowest and highest level a grid may have; wider than the range of meaning where a model allows more."""
+        return 0.0, self.sigma_max
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: Optional[torch.Tensor]) -> torch.Tensor:
         """D(x; sigma) for x [B, C, H, W] and sigma [B]; written by each adapter."""
@@ -91,6 +102,22 @@ class Denoiser(torch.nn.Module):
         Networks start as EDM does, from pure noise; an exact distribution may start from its own marginal.
         """
         return latents.to(torch.float64) * sigma
+
+    def draw_labels(self, count: int, generator: torch.Generator) -> Optional[torch.Tensor]:
+        """One-hot labels [count, label_dim], uniform or all of `class_idx`; None for an unconditional model.
+
+        As upstream's scripts do, the generator is the one that drew the noise just before.
+        """
+        if self.label_dim == 0:
+            return None
+        index = torch.randint(self.label_dim, (count,), generator=generator)
+        if self.class_idx is not None:
+            index = torch.full_like(index, self.class_idx)
+        return torch.eye(self.label_dim)[index].to(self.device)
+
+    def neighbours(self, sigma: torch.Tensor, step: float) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Levels [B] above and below sigma [B], `step` of it away, between which D is differenced."""
+        return sigma * (1 + step), sigma * (1 - step)
 
     def round_sigma(self, sigma: Union[float, torch.Tensor]) -> torch.Tensor:
         """The nearest noise level the model supports; the identity for continuous models."""

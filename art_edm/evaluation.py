@@ -33,7 +33,7 @@ from .solvers import OnStep, sample
 
 __all__ = [
     "Moments", "accuracy", "fid_with_error", "generate", "latents", "lenet_features", "lenet_fid", "measured_features",
-    "sample_sheet", "to_pixels",
+    "noise_and_labels", "sample_sheet", "to_pixels",
 ]
 
 Moments = Tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
@@ -42,6 +42,22 @@ Moments = Tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
 def latents(seed: int, indices: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
     """Unit noise [len(indices), C, H, W]; each image's own, whatever the batch. Seed 0 is EDM's --seeds=indices."""
     return torch.stack([torch.randn(tuple(shape), generator=seeded_generator(seed, i)) for i in indices])
+
+
+def noise_and_labels(
+    denoiser: Denoiser, seed: int, indices: Sequence[int]
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Unit noise [B, C, H, W] and labels [B, label_dim] (None if unconditional), on the denoiser's device.
+
+    Each image has its own generator, which draws the noise and then the label, as upstream's scripts do.
+    """
+    noises, labels = [], []
+    for index in indices:
+        generator = seeded_generator(seed, index)
+        noises.append(torch.randn(denoiser.img_shape, generator=generator))
+        labels.append(denoiser.draw_labels(1, generator))
+    stacked = None if denoiser.label_dim == 0 else torch.cat(labels)
+    return torch.stack(noises).to(denoiser.device), stacked
 
 
 def generate(
@@ -66,8 +82,8 @@ def generate(
         indices = range(start, min(start + batch, end))
         watch = _watch(progress, stop, start * grid.num_steps)
         with torch.inference_mode():
-            noise = latents(seed, indices, denoiser.img_shape).to(denoiser.device)
-            images = sample(denoiser, noise, grid, solver, on_step=watch)  # [b, C, H, W]
+            noise, labels = noise_and_labels(denoiser, seed, indices)
+            images = sample(denoiser, noise, grid, solver, labels, on_step=watch)  # [b, C, H, W]
         parts.append(images.to("cpu", torch.float32, copy=True))  # out here, so that it is an ordinary tensor
     return torch.cat(parts)
 

@@ -13,6 +13,7 @@ Differencing D and not F avoids the cancellation of x: at sigma = 80, x is a hun
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import Iterator, NamedTuple, Optional, Union
 
@@ -20,11 +21,14 @@ import torch
 
 from .denoiser import Denoiser, NonFiniteOutput
 
-__all__ = ["DIFFERENCE_STEP", "Surrogate", "drift", "full_precision", "rms", "surrogate"]
+__all__ = ["DIFFERENCE_STEP", "STEPS", "Surrogate", "choose_step", "drift", "full_precision", "rms", "surrogate"]
 
-# Relative step h of the central difference. The truncation error falls as h^2, the rounding error of a
-# float32 network grows as 1/h; tests/benchmarks/difference_step.py measures both against float64.
-DIFFERENCE_STEP = 0.01
+# Relative steps h of the central difference. The truncation error falls as h^2, the rounding error of a
+# float32 network grows as 1/h; tests/benchmarks/difference_step.py measures both against float64. The first
+# is right for most; a network that sees its noise level through Fourier features of high frequency needs less.
+STEPS = (0.01, 0.003, 0.001)
+DIFFERENCE_STEP = STEPS[0]
+AGREEMENT = 5e-3  # with the next smaller step: what is left of the error is a tenth of it
 
 
 class Surrogate(NamedTuple):
@@ -86,30 +90,63 @@ def drift(
 @torch.no_grad()
 def surrogate(
     denoiser: Denoiser, x: torch.Tensor, sigma: Union[float, torch.Tensor],
-    class_labels: Optional[torch.Tensor] = None, step: float = DIFFERENCE_STEP,
+    class_labels: Optional[torch.Tensor] = None, step: Optional[float] = None,
 ) -> Surrogate:
     """|Q|(x, psi), equation (8), by a central difference of D along the path.
 
     The path is followed to sigma (1 +- step) along its tangent; curvature of the path enters only at
-    the order of the difference's own error, step^2.
+    the order of the difference's own error, step^2. A denoiser of discrete noise levels chooses the two.
 
     Args:
         x: [B, C, H, W].
         sigma: scalar or [B], positive.
-        step: relative half-width of the difference.
+        step: relative half-width of the difference; by default the denoiser's own.
     Returns:
         `Surrogate`; |Q| in units of x per sigma^2. Three evaluations per image.
     Raises:
         NonFiniteOutput: the denoiser returned NaN or infinity.
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(x.shape[0])  # [B]
-    s = sigma.reshape(-1, 1, 1, 1)
+    s, step = sigma.reshape(-1, 1, 1, 1), step or denoiser.difference_step or DIFFERENCE_STEP
     with full_precision():
         denoised = _finite(denoiser(x, sigma, class_labels), sigma)
-        shift = step * (x - denoised)  # (step sigma) dx/dsigma
-        pair = torch.cat([x + shift, x - shift])  # [2B, C, H, W]
-        levels = torch.cat([sigma * (1 + step), sigma * (1 - step)])
+        above, below = denoiser.neighbours(sigma, step)  # [B] each
+        tangent = (x - denoised) / s  # dx/dsigma
+        pair = torch.cat([x + (level - sigma).reshape(-1, 1, 1, 1) * tangent for level in (above, below)])
+        levels = torch.cat([above, below])
         labels = None if class_labels is None else torch.cat([class_labels, class_labels])
         upper, lower = _finite(denoiser(pair, levels, labels), levels).chunk(2)
-    slope = (upper - lower) / (2 * step * s)
+    slope = (upper - lower) / (above - below).reshape(-1, 1, 1, 1)
     return Surrogate(denoised, slope, rms(slope) / sigma)
+
+
+def choose_step(denoiser: Denoiser, latents: torch.Tensor, class_labels: Optional[torch.Tensor] = None) -> float:
+    """The largest of `STEPS` whose |Q| agrees with that of the next smaller one.
+
+    Compared by the median over seven noise levels, so that the rounding error, which reigns at the lowest
+    of them only, has no say. The images are noise of the standard deviation that a path has there.
+
+    Args:
+        latents: unit normal noise [B, C, H, W], B >= 1.
+    Returns:
+        The step. 21 evaluations per image for each step that is tried.
+    Raises:
+        NonFiniteOutput: the denoiser returned NaN or infinity.
+    """
+    levels = denoiser.round_sigma(
+        torch.logspace(math.log10(denoiser.sigma_min * 5), math.log10(denoiser.sigma_max * 0.8), 7, dtype=torch.float64)
+    ).tolist()
+
+    def norms(step: float) -> torch.Tensor:
+        """|Q| [7, B]."""
+        spread = [math.hypot(level, denoiser.sigma_data) for level in levels]
+        points = (surrogate(denoiser, s * latents, level, class_labels, step) for s, level in zip(spread, levels))
+        return torch.stack([point.norm for point in points])
+
+    wide = norms(STEPS[0])
+    for step, smaller in zip(STEPS, STEPS[1:]):
+        narrow = norms(smaller)
+        if float((wide / narrow - 1).abs().median()) < AGREEMENT:
+            return step
+        wide = narrow
+    return STEPS[-1]

@@ -1,21 +1,26 @@
-"""From a name or a path to a denoiser.
+"""From a name, a path or an address to a denoiser.
 
     mnist         the bundled score network        gaussian:S    Gaussian data of standard deviation S
-    oned          the paper's 1-D example          PATH          a weight file written by `save_network`
+    oned          the paper's 1-D example          PATH|URL      a network pickle of EDM or EDM2, or a weight
+                                                                 file written by `save_network`
 """
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from urllib.parse import urlsplit
 
 import torch
 
+from .adapters import NetworkDenoiser
 from .analytic import GaussianDenoiser, one_dimensional
 from .denoiser import Denoiser
+from .download import download, is_url
 from .features import LeNet
 from .files import save_tensors, sha256_of
+from .network_pickle import load_network_pickle
 from .unet import ScoreUNet
 
 __all__ = ["NetworkError", "Network", "bundled", "load_lenet", "load_network", "save_lenet", "save_network"]
@@ -32,7 +37,14 @@ class Network(NamedTuple):
 
     denoiser: Denoiser
     name: str  # short, used in file names
-    sha256: Optional[str]  # of the weight file; None for a closed form
+    sha256: Optional[str]  # of the file; None for a closed form
+    details: Dict[str, Any] = {}  # of a pickle: class, its sources, class label, guidance
+
+    @property
+    def identity(self) -> str:
+        """All that a resumed run must find again, in one line."""
+        parts = [self.name, self.sha256 or "closed form", *(f"{k}={v}" for k, v in self.details.items())]
+        return " ".join(str(part) for part in parts)
 
 
 def bundled(name: str) -> Path:
@@ -40,24 +52,78 @@ def bundled(name: str) -> Path:
     return Path(__file__).parent / "weights" / name
 
 
-def load_network(spec: str, device: Union[str, torch.device] = "cpu") -> Network:
+def load_network(
+    spec: str, device: Union[str, torch.device] = "cpu", gnet: Optional[str] = None, guidance: float = 1.0,
+    class_idx: Optional[int] = None, trust: bool = False, quiet: bool = True,
+) -> Network:
     """Resolve `spec` (see the module's docstring) to a denoiser on `device`, ready for evaluation.
+
+    Args:
+        gnet: path or address of a guiding network's pickle; with `guidance`, as EDM2's script takes them.
+        guidance: strength; 1 is none.
+        class_idx: class of all images; None draws one for each.
+        trust: run the code that a pickle carries even if it is no known version of upstream's.
+        quiet: show no progress of a download.
 
     Raises:
         NetworkError: unknown name; missing, empty, truncated or foreign file.
+        AdapterError: guidance or class that do not fit the network.
+        ValueError: a pickle or an address that is refused; the message says why.
+        ConnectionError: an address that cannot be reached now.
     """
+    plain = spec in ("oned", "mnist") or spec.startswith("gaussian:")
+    path = bundled("mnist.pt") if spec == "mnist" else None if plain else _file(spec, quiet)
+    if path is not None and spec != "mnist" and not _is_weight_file(path):
+        return _pickled(path, spec, device, (gnet, guidance, class_idx), trust, quiet)
+    if (gnet, guidance, class_idx) != (None, 1, None):
+        raise NetworkError(f"{spec} takes no --gnet, --guidance or --class; they are for network pickles")
     if spec == "oned":
         return Network(one_dimensional().to(device), "oned", None)
-    if spec.startswith("gaussian:"):
+    if path is None:
         return Network(_gaussian(spec).to(device), spec.replace(":", ""), None)
-    path = bundled("mnist.pt") if spec == "mnist" else Path(spec)
+    net = _fill(ScoreUNet, _read(path, ScoreUNet), path).to(device, memory_format=torch.channels_last)
+    return Network(net, "mnist" if spec == "mnist" else path.stem, sha256_of(path))
+
+
+def _file(spec: str, quiet: bool) -> Path:
+    """The file that `spec` names, downloaded if it is an address."""
+    if is_url(spec):
+        return download(spec, quiet=quiet)
+    path = Path(spec)
     if not path.is_file():
         looks_like_path = path.suffix or len(path.parts) > 1
         found = f"no file {path}" if looks_like_path else f"unknown network {spec!r}"
-        raise NetworkError(f"{found}; expected mnist, oned, gaussian:S or the path of a weight file")
-    build = _read(path, ScoreUNet)
-    net = _fill(ScoreUNet, build, path).to(device, memory_format=torch.channels_last)
-    return Network(net, "mnist" if spec == "mnist" else path.stem, sha256_of(path))
+        expected = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
+        raise NetworkError(f"{found}; expected {expected}")
+    return path
+
+
+def _is_weight_file(path: Path) -> bool:
+    """Whether a file is read as our own kind: a zip, or nothing that a pickle could begin with."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2)
+    except OSError as error:
+        raise NetworkError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    return head == b"PK" or path.suffix in (".pt", ".pth")
+
+
+def _pickled(
+    path: Path, spec: str, device: Union[str, torch.device], options: Tuple[Optional[str], float, Optional[int]],
+    trust: bool, quiet: bool,
+) -> Network:
+    """A network pickle, guided if asked for, after one trial evaluation."""
+    gnet, guidance, class_idx = options
+    pickled = load_network_pickle(path, trust)
+    guide_path = None if gnet is None else _file(gnet, quiet)
+    guide = None if guide_path is None else load_network_pickle(guide_path, trust)
+    nets = [item.net.to(device) for item in (pickled, guide) if item is not None]
+    denoiser = NetworkDenoiser(*nets, guidance=guidance, class_idx=class_idx).eval().requires_grad_(False)
+    denoiser.trial(spec)
+    details: Dict[str, Any] = {"class": pickled.class_name, "sources": pickled.sources, "class_idx": class_idx}
+    if guide_path is not None:
+        details.update(guidance=guidance, gnet=Path(urlsplit(gnet).path).name, gnet_sha256=sha256_of(guide_path))
+    return Network(denoiser, Path(urlsplit(spec).path if is_url(spec) else spec).stem, sha256_of(path), details)
 
 
 def load_lenet(path: Optional[Path] = None) -> LeNet:

@@ -165,6 +165,12 @@ def place_points(clock: Clock, sigma_min: float, points: int) -> np.ndarray:
     return levels
 
 
+def _supported(denoiser: Denoiser, levels: np.ndarray) -> np.ndarray:
+    """The levels [P] rounded to those the denoiser supports, each once, still from high to low."""
+    rounded = denoiser.round_sigma(torch.from_numpy(levels)).cpu().numpy()
+    return np.unique(rounded)[::-1].copy()
+
+
 def measure_profile(
     denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = 64,
     class_labels: Optional[torch.Tensor] = None, on_step: Optional[Callable[[int], None]] = None,
@@ -174,13 +180,14 @@ def measure_profile(
     Args:
         latents: unit normal noise, [M, C, H, W].
         clock: base clock of the quadratures, and for three quarters of the points' placement.
-        points: P, at least 2; noise levels from sigma_max to the denoiser's sigma_min.
+        points: P, at least 2; noise levels from sigma_max to the denoiser's sigma_min. A model of discrete
+            levels is measured at those, each once.
         on_step: called with the number of images evaluated so far.
     Raises:
         NonFiniteOutput: the denoiser returned NaN or infinity; the message names the noise level.
     """
     began, start = time.perf_counter(), denoiser.evaluations
-    levels = place_points(clock, denoiser.sigma_min, points)
+    levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
     rows = []
     for part in range(0, len(latents), batch):
         x = denoiser.initial(latents[part : part + batch], clock.sigma_max)  # [b, C, H, W]
@@ -190,7 +197,7 @@ def measure_profile(
             sigma = x.new_full((len(x),), level)
             point = surrogate(denoiser, x, sigma, labels)
             columns.append(point.norm)
-            if k + 1 < points:
+            if k + 1 < len(levels):
                 x = advance(x, point, sigma, x.new_full((len(x),), levels[k + 1]))
             if on_step:
                 on_step(denoiser.evaluations - start)

@@ -58,16 +58,17 @@ def provenance(
     """
     profile = result.profile
     grids = {**hand_made(network.denoiser, grid.num_steps), "direct": profile.direct(grid.num_steps), "this": grid}
-    score = clock_score(result)
+    score, evaluations = clock_score(result), sum(result.evaluations.values())
     return {
         "num_steps": grid.num_steps, "sigma_max": grid.sigma_max, "method": config.method, "preset": config.preset,
         "J": score * profile.optimum, "J_star": profile.optimum, "J_over_J_star": score,
         "J_over_J_star_rules": rule_scores(network.denoiser, profile),
         "J_over_J_star_grids": {name: profile.cost(g.values) / profile.optimum for name, g in grids.items()},
         "price_of_distillation": profile.price, "terminal_error": result.terminal_error,
-        "evaluations": sum(result.evaluations.values()), "evaluations_by_stage": result.evaluations,
+        "evaluations": evaluations, "evaluations_by_stage": result.evaluations,
+        "network_calls": evaluations * network.denoiser.networks,
         "seconds": sum(seconds.values()), "seconds_by_stage": seconds,
-        "seed": config.seed, "network": {"name": network.name, "sha256": network.sha256},
+        "seed": config.seed, "network": {"name": network.name, "sha256": network.sha256, **network.details},
         "versions": versions(), "command": command_line(), "settings": asdict(config),
     }
 
@@ -99,4 +100,6 @@ def costs(record: Dict[str, Any], peak: Optional[float] = None) -> str:
     """One line: evaluations and seconds by stage."""
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in record["seconds_by_stage"].items())
     memory = f"; peak memory {peak:.2f} GB" if peak else ""
-    return f"{record['evaluations']:,} images evaluated; {record['seconds']:.1f} s: {stages}{memory}"
+    guided = record["network_calls"] != record["evaluations"]
+    calls = f" ({record['network_calls']:,} by either network)" if guided else ""
+    return f"{record['evaluations']:,} images evaluated{calls}; {record['seconds']:.1f} s: {stages}{memory}"

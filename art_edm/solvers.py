@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from typing import Callable, Dict, List, Optional
 
+import numpy as np
 import torch
 
 from .denoiser import Denoiser, NonFiniteOutput
 from .grid import Grid
 
-__all__ = ["SOLVERS", "euler_step", "heun_step", "nfe", "rk4_step", "sample"]
+__all__ = ["SOLVERS", "euler_step", "heun_step", "nfe", "rk4_step", "sample", "supported"]
 
 # Slope(x [B, C, H, W], sigma []) -> dx/dsigma [B, C, H, W]
 Slope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -95,7 +96,7 @@ def sample(
         raise ValueError(f"found batch = {batch}, expected at least 1 image")
     if class_labels is not None and len(class_labels) != len(latents):
         raise ValueError(f"found {len(class_labels)} class labels for {len(latents)} latents; pass one per image")
-    sigma = _rounded(denoiser, grid, latents.device)  # [K + 1]
+    sigma = torch.tensor(supported(denoiser, grid).values, device=latents.device)  # [K + 1]
     size = batch or max(len(latents), 1)
     parts: List[torch.Tensor] = []
     for start in range(0, max(len(latents), 1), size):
@@ -130,23 +131,31 @@ def _slope(denoiser: Denoiser, class_labels: Optional[torch.Tensor]) -> Slope:
     return slope
 
 
-def _rounded(denoiser: Denoiser, grid: Grid, device: torch.device) -> torch.Tensor:
-    """The grid's levels as the model supports them, float64 [K + 1]; the final 0 is not a level to round."""
-    if grid.sigma_max > denoiser.sigma_max * (1 + SIGMA_MAX_SLACK):
+def supported(denoiser: Denoiser, grid: Grid) -> Grid:
+    """The grid rounded to the noise levels the model supports; the final 0 is not a level to round.
+
+    Raises a ValueError if the grid leaves the model's range, or loses a step by rounding.
+    """
+    before, (low, high) = grid.values, denoiser.sigma_limits
+    if grid.sigma_max > high * (1 + SIGMA_MAX_SLACK):
         raise ValueError(
-            f"the grid starts at sigma = {grid.sigma_max:.9g}, above the model's sigma_max = "
-            f"{denoiser.sigma_max:.9g}; make a grid with --sigma-max={denoiser.sigma_max:.9g}"
+            f"the grid starts at sigma = {grid.sigma_max:.9g}, above the model's sigma_max = {high:.9g}; "
+            f"make a grid with --sigma-max={high:.9g}"
         )
-    levels = torch.tensor(grid.values, device=device)
-    levels[:-1] = denoiser.round_sigma(levels[:-1]).to(levels)
-    lost = torch.nonzero(levels[1:] >= levels[:-1]).flatten().tolist()
-    if lost:
-        i, before = lost[0], grid.values
+    if before[-2] < low * (1 - SIGMA_MAX_SLACK):
+        raise ValueError(
+            f"the grid's last level before 0 is sigma = {before[-2]:.9g}, below the model's sigma_min = {low:.9g}; "
+            f"make a grid with --sigma-min={low:.9g}"
+        )
+    levels = np.append(denoiser.round_sigma(torch.tensor(before[:-1])).cpu().numpy(), 0.0)
+    lost = np.flatnonzero(levels[1:] >= levels[:-1])
+    if len(lost):
+        i = int(lost[0])
         raise ValueError(
             f"steps {i} and {i + 1} (sigma = {before[i]:.6g} and {before[i + 1]:.6g}) are the same noise level, "
-            f"{float(levels[i]):.6g}, after rounding to those the model supports; use fewer steps"
+            f"{levels[i]:.6g}, after rounding to those the model supports; use fewer steps"
         )
-    return levels
+    return Grid(levels)
 
 
 def _step_of(solver: str) -> Step:

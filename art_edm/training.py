@@ -27,7 +27,7 @@ from .config import PRESETS, TrainConfig, live
 from .control import CachedEnvironment, Environment, LiveEnvironment, RolloutSettings, rollout
 from .denoiser import Denoiser
 from .distill import LearnedClock, distill
-from .field import NonFiniteOutput
+from .field import NonFiniteOutput, choose_step
 from .files import save_tensors
 from .policy import Critic, Policy
 from .profile import Profile, measure_profile
@@ -130,7 +130,17 @@ class _Run:
         self.state = _State(gamma=config.multiplier, last_save=time.monotonic())
         sigma_data = config.clock_sigma_data or denoiser.sigma_data
         self.base = make_clock(config.clock, denoiser.sigma_max, sigma_data)
+        self._prepare()
         self.profile_clock = make_clock("gaussian", denoiser.sigma_max, denoiser.sigma_data)
+
+    def _prepare(self) -> None:
+        """Choose the step of differences where the network asks for it; the same again in a resumed run."""
+        denoiser = self.denoiser
+        if denoiser.difference_step is None:
+            generator = seeded_generator(self.config.seed, (1 << 30) + 1)
+            latents = torch.randn((1, *denoiser.img_shape), generator=generator, dtype=torch.float64)
+            labels = denoiser.draw_labels(1, generator)
+            denoiser.difference_step = choose_step(denoiser, latents.to(denoiser.device), labels)
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -141,6 +151,7 @@ class _Run:
         config = self.config
         generator = seeded_generator(config.seed, 1 << 30)  # iterations count up from 0
         latents = torch.randn((config.trajectories, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
+        labels = self.denoiser.draw_labels(config.trajectories, generator)
         progress = Progress(3 * config.trajectories * config.points, "profile, images", self.quiet)
 
         def on_step(done: int) -> None:
@@ -150,7 +161,8 @@ class _Run:
                 self._stop("while measuring the profile")
 
         self.state.profile = measure_profile(
-            self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points, on_step=on_step
+            self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points,
+            class_labels=labels, on_step=on_step,
         )
         progress.close()
         self.save()

@@ -55,7 +55,8 @@ def test_unknown_names(name, found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NetworkError) as caught:
         load_network(name)
-    assert str(caught.value) == f"{found}; expected mnist, oned, gaussian:S or the path of a weight file"
+    expected = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
+    assert str(caught.value) == f"{found}; expected {expected}"
 
 
 def test_oned():

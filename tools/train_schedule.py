@@ -67,7 +67,14 @@ def configure(preset: str, given: Dict[str, Any]) -> Any:
 
 
 @click.command(cls=Command)
-@click.option("--network", required=True, metavar="NAME|PATH", help="mnist, oned, gaussian:S, or a weight file.")
+@click.option("--network", required=True, metavar="NAME|PATH|URL",
+              help="mnist, oned, gaussian:S, a network pickle of EDM or EDM2, or a weight file.")
+@click.option("--gnet", metavar="PATH|URL", help="Guiding network pickle (EDM2); the field is then the guided one.")
+@click.option("--guidance", type=float, default=1.0, show_default=True, help="Guidance strength; 1 is none.")
+@click.option("--class", "class_idx", type=click.IntRange(0), default=None, metavar="INT",
+              help="Class of all images.  [default: random]")
+@click.option("--trust-pickle", is_flag=True,
+              help="Run the code in a pickle even if it is no known version of NVlabs' modules.")
 @click.option("--steps", default="18", show_default=True, metavar="K[,K...]", callback=parse_steps,
               help="Numbers of steps; all are read off one run.")
 @click.option("--out", metavar="F.npy",
@@ -90,8 +97,9 @@ def configure(preset: str, given: Dict[str, Any]) -> Any:
 @click.option("--plot", is_flag=True, help="Draw the clock and the grids beside the .npy, as .png.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def main(
-    network: str, steps: Tuple[int, ...], out: Optional[str], preset: str, device: str, resume: bool, plot: bool,
-    quiet: bool, **given: Any,
+    network: str, gnet: Optional[str], guidance: float, class_idx: Optional[int], trust_pickle: bool,
+    steps: Tuple[int, ...], out: Optional[str], preset: str, device: str, resume: bool, plot: bool, quiet: bool,
+    **given: Any,
 ) -> None:
     """Learn a timestep grid for a denoiser and score it against the exact optimum.
 
@@ -99,7 +107,8 @@ def main(
     Examples:
       python tools/train_schedule.py --network=mnist
       python tools/train_schedule.py --network=mnist --steps=2,3,5,7,10,18 --out='art_{steps}.npy' --plot
-      python tools/train_schedule.py --network=gaussian:0.5 --method=direct
+      python tools/train_schedule.py --network=edm-cifar10-32x32-uncond-vp.pkl --out=art_cifar18.npy
+      python tools/train_schedule.py --network=edm2.pkl --gnet=edm2-uncond.pkl --guidance=1.4 --steps=32
     """
     from dataclasses import replace
 
@@ -107,7 +116,7 @@ def main(
     from art_edm.plots import check_plotting
 
     began = time.perf_counter()
-    loaded = load_network(network, pick_device(device))
+    loaded = load_network(network, pick_device(device), gnet, guidance, class_idx, trust_pickle, quiet)
     load_seconds = time.perf_counter() - began
     paths = destinations(out, loaded.name, steps)
     if plot:
@@ -127,17 +136,17 @@ def one(
     from art_edm import report
     from art_edm.grid import save_grid
     from art_edm.plots import plot_run
+    from art_edm.solvers import supported
     from art_edm.training import train
 
     checkpoint = next(iter(paths.values())).with_suffix(".ckpt")
     if resume and not checkpoint.exists() and not quiet:
         click.echo(f"there is no {checkpoint} to resume from; starting at the beginning", err=True)
-    identity = f"{network.name} {network.sha256 or 'closed form'}"
-    result = train(network.denoiser, config, identity, checkpoint, resume, quiet)
+    result = train(network.denoiser, config, network.identity, checkpoint, resume, quiet)
     began = time.perf_counter()
     records = []
     for k, path in paths.items():
-        grid = result.learned.grid(k) if result.learned else result.profile.direct(k)
+        grid = supported(network.denoiser, result.learned.grid(k) if result.learned else result.profile.direct(k))
         seconds = {"load": load_seconds, **result.seconds, "write": time.perf_counter() - began}
         record = report.provenance(network, config, result, grid, seconds)
         write(save_grid, path, grid, record)
