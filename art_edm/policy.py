@@ -30,13 +30,20 @@ def make_features(tau: float, s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.full_like(s, 2 * tau - 1), 2 * s.clamp(0, 1.5) - 1, close, torch.log1p(q)], dim=-1)
 
 
+class _Tanh(nn.Module):
+    """tanh x = 2 sigmoid(2 x) - 1: torch's own tanh takes ten times as long on a CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(2 * x) * 2 - 1
+
+
 def _mlp(inputs: int, width: int, generator: torch.Generator) -> nn.Sequential:
     """Two hidden layers of tanh; the last layer starts at zero. Initialised from `generator` alone.
 
     The first layer starts wide, as random features: a clock must be able to change its pace within a
     twentieth of its run, where an ordinary start needs thousands of steps to get beyond a slow bend.
     """
-    net = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+    net = nn.Sequential(nn.Linear(inputs, width), _Tanh(), nn.Linear(width, width), _Tanh(), nn.Linear(width, 1))
     with torch.no_grad():
         for layer in net:
             if isinstance(layer, nn.Linear):
