@@ -51,7 +51,7 @@ class TrainResult:
     profile: Profile
     learned: Optional[LearnedClock]  # None for the direct method
     terminal_error: Optional[float]  # mean of s_N - 1 over the last trajectories, before rescaling
-    evaluations: Dict[str, int]  # of the stages `profile` and `rl`
+    evaluations: Dict[str, int]  # of the choice of the difference's `step`, and of the stages `profile` and `rl`
     seconds: Dict[str, float]
     history: List[Dict[str, float]] = field(default_factory=list)
 
@@ -130,17 +130,18 @@ class _Run:
         self.state = _State(gamma=config.multiplier, last_save=time.monotonic())
         sigma_data = config.clock_sigma_data or denoiser.sigma_data
         self.base = make_clock(config.clock, denoiser.sigma_max, sigma_data)
-        self._prepare()
+        self.step_evaluations = self._prepare()
         self.profile_clock = make_clock("gaussian", denoiser.sigma_max, denoiser.sigma_data)
 
-    def _prepare(self) -> None:
-        """Choose the step of differences where the network asks for it; the same again in a resumed run."""
-        denoiser = self.denoiser
+    def _prepare(self) -> int:
+        """Choose the step of differences where the network asks for it, as a resumed run does again; what it cost."""
+        denoiser, before = self.denoiser, self.denoiser.evaluations
         if denoiser.difference_step is None:
             generator = seeded_generator(self.config.seed, (1 << 30) + 1)
             latents = torch.randn((1, *denoiser.img_shape), generator=generator, dtype=torch.float64)
             labels = denoiser.draw_labels(1, generator)
             denoiser.difference_step = choose_step(denoiser, latents.to(denoiser.device), labels)
+        return denoiser.evaluations - before
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class _Run:
             profile=profile,
             learned=None if paths is None else distill(paths, self._clock()),
             terminal_error=None if paths is None else float(paths[-1].mean() - 1),
-            evaluations={"profile": profile.evaluations, "rl": state.evaluations},
+            evaluations={"step": self.step_evaluations, "profile": profile.evaluations, "rl": state.evaluations},
             seconds={"profile": profile.seconds, "rl": state.seconds},
             history=state.history,
         )

@@ -122,7 +122,7 @@ def test_paper_preset_runs_once_for_each_number_of_steps(run):
         record = json.loads(Path(f"p{k}.json").read_text())
         settings = record["settings"]
         assert [settings[key] for key in ("train_steps", "clock", "trace", "batch")] == [k, "linear", 0.0, 1]
-        assert record["evaluations_by_stage"] == {"profile": 4 * 80 * 3, "rl": 8 * k * 3}  # 8 iterations, one path
+        assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 80 * 3, "rl": 8 * k * 3}  # 8 iterations, one path
 
 
 # --- what it refuses -----------------------------------------------------------------------------------
