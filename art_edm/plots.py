@@ -13,6 +13,7 @@ from .grid import Grid
 
 __all__ = ["check_plotting", "plot_grid", "plot_run"]
 
+TITLES = {"edm": "edm (Karras)"}
 COLORS = {"uniform": "0.75", "dpm": "tab:green", "edm": "tab:blue", "edm-unpinned": "tab:cyan"}
 
 
@@ -43,9 +44,10 @@ def _draw_grids(axes: Any, grids: Dict[str, Grid]) -> None:
         main = name not in COLORS
         axes.plot(
             grid.values[:-1], "o-" if main else ".-", color="tab:red" if main else COLORS[name],
-            markersize=4, linewidth=1.8 if main else 1, label=name,
+            markersize=4, linewidth=1.8 if main else 1, label=TITLES.get(name, name),
         )
     axes.set(xlabel="step i (the final 0 is not drawn)", ylabel="noise level $\\sigma_i$", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, NamedTuple, Optional
 
+import numpy as np
 import torch
 
 from .files import PathLike, cache_dir
@@ -72,14 +73,21 @@ def run_source(listed: Listed, text: str) -> ModuleType:
 
 # ---- what upstream's modules import from its own packages ----
 
+_CONSTANTS: Dict[Any, torch.Tensor] = {}  # filters and the like, a handful per network
+
+
 def _persistent_class(cls: type) -> type:
     """Upstream's decorator makes instances carry their source when pickled; here they are only loaded."""
     return cls
 
 
 def _const_like(like: torch.Tensor, value: Any) -> torch.Tensor:
-    """`value` (numpy) as a tensor of the type and on the device of `like`."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    """`value` (numpy) as a tensor of the type and on the device of `like`; kept, as a copy to a GPU waits for it."""
+    value = np.asarray(value)
+    key = (value.tobytes(), value.shape, value.dtype.str, like.dtype, like.device)
+    if key not in _CONSTANTS:
+        _CONSTANTS[key] = torch.as_tensor(value.copy(), dtype=like.dtype, device=like.device)
+    return _CONSTANTS[key]
 
 
 def _make_cache_dir_path(*parts: str) -> str:
