@@ -12,20 +12,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "art_edm"
 LAYERS: Dict[int, str] = {
-    -1: "files progress seeding config",
-    0: "denoiser grid clock policy frechet",
-    1: "analytic unet features mnist field images",
-    2: "solvers profile loading pretrain",
-    3: "control evaluation",
-    4: "actor_critic distill",
-    5: "training",
-    6: "cli",
-    7: "report plots upstream",
+    -1: "files progress seeding config transfer pickle_tree uncertainty",
+    0: "denoiser grid clock policy frechet pickles upstream_sources images download cells",
+    1: "analytic unet features field adapters mnist pickled_tensors trusted_pickle distributed upstream",
+    2: "solvers profile pretrain pickled_data",
+    3: "control evaluation network_pickle references",
+    4: "actor_critic distill loading",
+    5: "training detectors plots",
+    6: "cli feature_stats tables",
+    7: "report tallies",
+    8: "experiment grid_choice learned",
+    9: "scores comparison",
+    10: "fid_commands",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 ONLY = {"cli": {"denoiser", "progress"}}  # it must start quickly
 PACKAGES = {"torch", "numpy", "click", "PIL", "scipy", "requests"}
-OPTIONAL = {("plots", "matplotlib")}  # inside functions only
+OPTIONAL = {("plots", "matplotlib"), ("tables", "matplotlib"), ("download", "msvcrt")}  # inside functions only
 
 
 class Import(NamedTuple):

@@ -1,0 +1,173 @@
+"""Processes that share one computation, started by torchrun; a single process needs none of it.
+
+Symbols
+-------
+rank, size  number of this process, 0 to size - 1, and how many there are
+phase       a piece of work that all processes enter and leave together, with or without an error
+
+An error of one process becomes an error of all at the end of the phase, or at the next `check` before it,
+so that none waits for one that has gone. For the same reason no `sum` belongs into a phase where one may
+fail alone. Only process 0 prints.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from typing import Any, Iterator, Optional
+
+import torch
+from torch import distributed
+
+from .denoiser import NonFiniteOutput
+from .progress import Stopped
+
+__all__ = ["World", "resolve_device", "world"]
+
+_POLL = 0.02  # s
+_FAREWELL = 10.0  # s that the others leave process 0 to print before they end
+
+
+class OtherFailed(Exception):
+    """Another process has failed; the phase ends with its error."""
+
+
+class World:
+    """All processes of a computation; with size 1 every method does nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, device: Optional[torch.device] = None) -> None:
+        self.rank, self.size, self._store = rank, size, store
+        self.device = device or torch.device("cpu")  # where tensors must be to be summed
+        self._phases = 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of their tensors, on every one; in place where there are several."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def check(self) -> None:
+        """End this phase early if another process has failed; call it between pieces of work."""
+        if self.size > 1 and self._store.check([f"failed/{self._phases}"]):
+            raise OtherFailed
+
+    @contextmanager
+    def phase(self) -> Iterator[None]:
+        """Work that ends on all processes alike: with the error of the lowest rank that has one, or without."""
+        if self.size == 1:
+            yield
+            return
+        error: Optional[BaseException] = None
+        try:
+            yield
+        except OtherFailed:
+            pass
+        except Exception as caught:
+            error = caught
+            self._store.set(f"failed/{self._phases}", "1")
+        self._settle(error)
+
+    def _settle(self, error: Optional[BaseException]) -> None:
+        prefix, self._phases = f"phase/{self._phases}", self._phases + 1
+        self._store.set(f"{prefix}/{self.rank}", _packed(error))
+        for rank in range(self.size):
+            key = f"{prefix}/{rank}"
+            while not self._store.check([key]):  # a plain get gives up after minutes
+                time.sleep(_POLL)
+            kind, text = json.loads(self._store.get(key))
+            if kind:
+                if rank == self.rank and error is not None:
+                    raise error
+                raise _KINDS.get(kind, RuntimeError)(text) from error
+
+
+# What the command line shows as one line, the special cases first.
+_KINDS = {
+    "connection": ConnectionError, "os": OSError, "value": ValueError, "floating": FloatingPointError,
+    "stopped": Stopped, "output": NonFiniteOutput,
+}
+
+
+def _packed(error: Optional[BaseException]) -> str:
+    """Kind and text of an error; one that is not the user's comes with its traceback."""
+    if error is None:
+        return json.dumps(["", ""])
+    kind = next((name for name, cls in _KINDS.items() if isinstance(error, cls)), "fault")
+    trace = traceback.format_exception(type(error), error, error.__traceback__)
+    return json.dumps([kind, str(error) if kind != "fault" else "".join(trace)])
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """The processes that torchrun started (its environment tells), or this one alone.
+
+    Sums go through NCCL on GPUs, else through Gloo. From here on, all but process 0 print nothing.
+
+    Args:
+        device: see `resolve_device`.
+    Raises:
+        ValueError: the device cannot be used.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World(device=resolve_device(device))
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    here = World(rank, size, distributed.PrefixStore("world", store))
+    printed = distributed.PrefixStore("end", store)
+    if rank == 0:
+        atexit.register(printed.set, "printed", "1")
+    else:  # never closed: the error is printed after this context has ended
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        with here.phase():
+            here.device = resolve_device(device)
+        distributed.init_process_group(
+            "nccl" if here.device.type == "cuda" else "gloo", store=distributed.PrefixStore("sums", store),
+            rank=rank, world_size=size,
+        )
+        yield here
+    except BaseException:
+        if rank > 0:
+            _wait(printed)
+        raise
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _wait(printed: Any) -> None:
+    """Let process 0 print the error; torchrun stops all processes as soon as one has ended with an error."""
+    end = time.monotonic() + _FAREWELL
+    try:
+        while time.monotonic() < end and not printed.check(["printed"]):
+            time.sleep(_POLL)
+    except RuntimeError:  # process 0 held the store and has ended
+        pass
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> device; of several processes on one machine each takes its own GPU.
+
+    Raises:
+        ValueError: this device cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = f"--device={name} ({str(error).splitlines()[0][:100]})"
+        raise ValueError(f"cannot use {reason}; expected auto, cpu, or cuda where torch finds one") from None
+    return device
