@@ -21,7 +21,7 @@ from .grid_choice import choose_grids
 from .loading import Network, load_network
 from .plots import check_plotting
 from .progress import GracefulStop, Progress
-from .references import load_reference
+from .references import few_images, load_reference
 from .scores import Fine, Plan, mnist_reference, score
 from .solvers import SOLVERS
 from .tables import FORMATS, Row, lines, write
@@ -29,7 +29,6 @@ from .tables import FORMATS, Row, lines, write
 __all__ = ["compare_command", "gen_command"]
 
 METRICS = ("fid", "is")
-FEW = 2048
 MNIST = "mnist:"
 
 
@@ -103,22 +102,13 @@ def _reference(
         found = mnist_reference(spec[len(MNIST):], detector, here.device, cells, options["data"])
         return found, {"source": spec}, []
     reference = load_reference(spec, options["quiet"] or here.rank > 0)
-    if reference.dim != detector.dim:
-        raise ValueError(f"{spec} has {reference.dim} features, {detector.name} gives {detector.dim}; expected the "
-                         "same detector: change --ref or --detector")
-    made = reference.provenance.get("detector_sha256", detector.sha256)
-    notes = [] if made == detector.sha256 else [
-        f"{spec} was made with another detector file (SHA-256 {made}); if they are two networks, the FID means nothing"
-    ]
+    notes = reference.notes_for(detector.name, detector.sha256, detector.dim)
     record = {"source": spec, "sha256": reference.sha256, **reference.provenance}
     return (reference.mu, reference.cov), record, notes
 
 
 def _few(count: int, metrics: Sequence[str]) -> List[str]:
-    if count >= FEW or "fid" not in metrics:
-        return []
-    return [f"found {count} images per block, fewer than {FEW}: the FID is biased upwards and compares only with that "
-            "of as many images"]
+    return few_images(count, "images per block") if "fid" in metrics else []
 
 
 def _destinations(paths: Sequence[Path]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 
@@ -20,9 +20,12 @@ from .download import download, is_url
 from .files import PathLike, atomic_write, check_destination, sha256_of
 from .pickled_data import load_data
 
-__all__ = ["Reference", "StatisticsError", "check_reference_destination", "load_reference", "save_reference"]
+__all__ = [
+    "Reference", "StatisticsError", "check_reference_destination", "few_images", "load_reference", "save_reference",
+]
 
 METRIC = "fid"
+FEW = 2048  # images, below which the covariance of Inception's features is singular
 ASYMMETRY = 1e-6  # relative to the largest entry; rounding in float32 stays below
 
 
@@ -43,6 +46,29 @@ class Reference(NamedTuple):
     def dim(self) -> int:
         """Number of features d."""
         return len(self.mu)
+
+    def notes_for(self, name: str, sha256: str, dim: int) -> List[str]:
+        """What the user should know who compares this with the features of another detector file.
+
+        Raises a StatisticsError if the detector `name` has not as many features.
+        """
+        if self.dim != dim:
+            raise StatisticsError(f"{self.source} has {self.dim} features, {name} gives {dim}; expected the same "
+                                  "detector: change --ref or --detector")
+        made = self.provenance.get("detector_sha256", sha256)
+        if made == sha256:
+            return []
+        other = self.provenance.get("detector", "?")
+        return [f"{self.source} was made with the detector {other} (SHA-256 {made}), not with {name} ({sha256}); if "
+                "they are two networks, the FID means nothing"]
+
+
+def few_images(count: int, what: str = "images") -> List[str]:
+    """A note where `count` images are too few for a FID of 2,048 features."""
+    if count >= FEW:
+        return []
+    return [f"found {count} {what}, fewer than {FEW}: the FID is biased upwards and compares only with that of as many "
+            "images"]
 
 
 def load_reference(spec: str, quiet: bool = False) -> Reference:

@@ -17,10 +17,9 @@ from art_edm.files import check_destination, write_json
 from art_edm.frechet import frechet_distance
 from art_edm.images import ImageSet, lossy_note, open_images
 from art_edm.progress import Progress
-from art_edm.references import Reference, check_reference_destination, load_reference, save_reference
+from art_edm.references import Reference, check_reference_destination, few_images, load_reference, save_reference
 
 METRICS = ("fid", "is")
-FEW = 2048
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def calc(**options: Any) -> None:
             images, notes = find_images(own["images"], own["num"], own["seed"])
             detector = settings.load(images.shape, here, scores=splits > 0)
             if reference is not None:
-                notes += compare_detectors(reference, detector)
+                notes += reference.notes_for(detector.name, detector.sha256, detector.dim)
             show(notes)
         measured = settings.measure(images, detector, here, fid, splits)
         if here.rank == 0:
@@ -141,24 +140,7 @@ def find_images(path: str, num: Optional[int] = None, seed: int = 0) -> Tuple[Im
     """The images, looked over, and what the user should know of them."""
     images = open_images(path, num, seed)
     lossy = lossy_note(images, images.check(range(len(images))))
-    notes = [*images.notes, *([lossy] if lossy else [])]
-    if len(images) < FEW:
-        notes.append(f"found {len(images)} images, fewer than {FEW}: the FID is biased upwards and compares only with "
-                     "that of as many images")
-    return images, notes
-
-
-def compare_detectors(reference: Reference, detector: Detector) -> List[str]:
-    """Refuse a reference of other features; a note if it was made with another file."""
-    if reference.dim != detector.dim:
-        raise ValueError(f"{reference.source} has {reference.dim} features, {detector.name} gives {detector.dim}; "
-                         "expected the same detector: change --ref or --detector")
-    made = reference.provenance.get("detector_sha256", detector.sha256)
-    if made == detector.sha256:
-        return []
-    name = reference.provenance.get("detector", "?")
-    return [f"{reference.source} was made with the detector {name} (SHA-256 {made}), not with {detector.name} "
-            f"({detector.sha256}); if they are two networks, the FID means nothing"]
+    return images, [*images.notes, *([lossy] if lossy else []), *few_images(len(images))]
 
 
 def show(notes: List[str]) -> None:
