@@ -15,7 +15,7 @@ from typing import Tuple
 import torch
 
 from .control import RolloutSettings, Trajectory
-from .policy import Critic, Policy
+from .policy import Policy
 
 __all__ = ["actor_loss", "advantages", "centre", "critic_loss", "multiplier_step", "rewards", "temporal_differences"]
 
@@ -62,9 +62,13 @@ def centre(advantage: torch.Tensor, repeats: int) -> torch.Tensor:
     return (groups - groups.mean(dim=1, keepdim=True)).reshape(steps, batch) * (repeats / (repeats - 1))
 
 
-def critic_loss(critic: Critic, path: Trajectory, advantage: torch.Tensor) -> torch.Tensor:
-    """Scalar whose negative gradient is sum_k dV_k A_k, averaged over paths: the critic's line of (29)."""
-    return -(critic(path.features.float()) * advantage.float()).sum(dim=0).mean()
+def critic_loss(values: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """Scalar whose negative gradient is sum_k dV_k A_k, averaged over paths: the critic's line of (29).
+
+    Args:
+        values: what the critic says at the start of each step, [N, B], with its gradient.
+    """
+    return -(values * advantage.float()).sum(dim=0).mean()
 
 
 def actor_loss(policy: Policy, path: Trajectory, advantage: torch.Tensor, settings: RolloutSettings) -> torch.Tensor:

@@ -19,15 +19,16 @@ class TrainConfig:
     rollout: str = "cached"  # cached: |Q| from the dense trajectories; live: the denoiser in every rollout
     preset: str = "default"  # where the other values came from
     seed: int = 0
-    trajectories: int = 32  # M, dense trajectories of the profile
-    points: int = 80  # P, noise levels on each; M P 3 evaluations
+    trajectories: int = 24  # M, dense trajectories of the profile
+    points: int = 85  # P, noise levels on each
+    shared: bool = True  # difference D from level to level, M P evaluations; False: about each level, 3 M P
     clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
     clock_sigma_data: Optional[float] = None  # of the Gaussian clock; None: the denoiser's own
     rounds: int = 2  # times to start again from the learned clock
     iterations: int = 400  # over all rounds
     batch: int = 256  # rollouts per iteration
     repeats: int = 8  # of which so many of each noise; their mean is the baseline
-    train_steps: int = 80  # N, steps of a rollout; finer than the deployed K
+    train_steps: int = 128  # N, steps of a rollout; finer than the deployed K
     exploration: float = 0.25  # rho: relative noise of the policy at the optimum
     temperature: Optional[float] = None  # lambda of (11) in the units of |Q|; None: (rho c)^2
     epsilon: float = 0.1  # floor of q in the policy's variance, in units of c^2 (of |Q| when not normalised)
@@ -36,7 +37,7 @@ class TrainConfig:
     baseline: bool = True  # subtract the mean advantage of each time and noise, scale to unit variance
     simpson: bool = True  # weigh a step by Simpson's rule; False: by q at its start
     euler: bool = False  # live paths follow Euler steps of (5)
-    state: bool = False  # the policy, too, sees q of the sample
+    sees: str = "time"  # what the policy's network sees: time; path: s, too; state: q of the sample, too
     arrive: bool = True  # the policy's mean speed is relative to the one that arrives in time
     penalty: float = 20.0  # quadratic terminal term
     multiplier: float = -2.0  # gamma at the start; -2 c is its value at the optimum
@@ -57,7 +58,7 @@ PRESETS: Dict[str, TrainConfig] = {
     "paper": replace(
         _DEFAULT, preset="paper", rollout="live", clock="linear", rounds=1, iterations=5000, batch=1, repeats=1,
         train_steps=18, temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False, simpson=False,
-        euler=True, state=True, arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-3,
+        euler=True, sees="state", arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-3,
         critic_rate=1e-3, decay=False, keep=100,
     ),
 }

@@ -12,7 +12,7 @@ which the policy cannot change, so that no rollout costs an evaluation. Both see
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch
 from .clock import Clock
 from .denoiser import Denoiser
 from .field import Surrogate, surrogate
-from .policy import Policy, make_features, sample_action
+from .policy import ALMOST, Policy, make_features, sample_action
 from .profile import Profile, advance
 
 __all__ = ["CachedEnvironment", "Environment", "LiveEnvironment", "RolloutSettings", "Trajectory", "rollout"]
@@ -31,7 +31,7 @@ DIVERGED = "lower its rates, or leave --preset=paper and --clock=linear, which a
 class Environment:
     """A batch of paths, each at its own fraction s of the base clock."""
 
-    s: torch.Tensor  # [B]
+    s: np.ndarray  # [B]
 
     def __init__(self, clock: Clock, unit: float) -> None:
         self.clock, self.unit = clock, unit
@@ -40,38 +40,38 @@ class Environment:
         """Put `batch` paths at sigma_max: batch / repeats different noises, the whole set `repeats` times over."""
         raise TypeError(f"{type(self).__name__} does not define reset()")
 
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> np.ndarray:
         """q at the current points, [B]."""
         raise TypeError(f"{type(self).__name__} does not define weight()")
 
-    def move(self, ds: torch.Tensor) -> None:
+    def move(self, ds: np.ndarray) -> None:
         """Advance each path by ds [B]; beyond s = 1 (a policy may overshoot) the path rests at the floor."""
         raise TypeError(f"{type(self).__name__} does not define move()")
 
 
 class CachedEnvironment(Environment):
-    """|Q| interpolated along the M trajectories of a profile."""
+    """|Q| interpolated along the M trajectories of a profile; in numpy, which is the faster for arrays this small."""
 
     def __init__(self, profile: Profile, clock: Clock, unit: float, resolution: int = 2048) -> None:
         super().__init__(clock, unit)
         s = np.linspace(0, 1, resolution + 1)
-        roots = np.sqrt(profile.norms(clock.sigma(s)) / unit) * clock.rate(s)  # [M, resolution + 1]
-        self.table = torch.from_numpy(roots)
+        self.table = np.sqrt(profile.norms(clock.sigma(s)) / unit) * clock.rate(s)  # [M, resolution + 1]
+        self.flat, self.rise = self.table.ravel(), np.diff(self.table, append=0).ravel()
         self.resolution = resolution
 
     def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
-        self.s = torch.zeros(batch, dtype=torch.float64)
+        self.s = np.zeros(batch)
         shift = int(torch.randint(len(self.table), (1,), generator=generator))
-        rows = (torch.arange(batch // repeats) + shift) % len(self.table)  # every trajectory equally often
-        self.offset = rows.repeat(repeats) * (self.resolution + 1)
+        rows = (np.arange(batch // repeats) + shift) % len(self.table)  # every trajectory equally often
+        self.offset = np.tile(rows, repeats) * (self.resolution + 1)
 
-    def weight(self) -> torch.Tensor:
-        position = (self.s * self.resolution).clamp(0, self.resolution - 1e-6)
-        left = position.long()
+    def weight(self) -> np.ndarray:
+        position = np.clip(self.s * self.resolution, 0, self.resolution - 1e-6)
+        left = position.astype(np.int64)
         index = self.offset + left
-        return torch.lerp(self.table.take(index), self.table.take(index + 1), position - left).square()
+        return np.square(self.flat[index] + self.rise[index] * (position - left))
 
-    def move(self, ds: torch.Tensor) -> None:
+    def move(self, ds: np.ndarray) -> None:
         self.s = self.s + ds
 
 
@@ -89,12 +89,12 @@ class LiveEnvironment(Environment):
         labels = self.denoiser.draw_labels(len(latents) // repeats, generator)
         self.labels = None if labels is None else labels.repeat(repeats, 1)
         self.x = self.denoiser.initial(latents.to(self.denoiser.device), self.clock.sigma_max)
-        self.s = torch.zeros(batch, dtype=torch.float64)
+        self.s = np.zeros(batch)
         self.point: Optional[Surrogate] = None
 
     def _sigma(self) -> torch.Tensor:
         """Noise levels [B], never below the denoiser's lowest."""
-        levels = self.clock.sigma(self.s.numpy().clip(0, self.floor))
+        levels = self.clock.sigma(self.s.clip(0, self.floor))
         return self.denoiser.round_sigma(torch.from_numpy(np.maximum(levels, self.denoiser.sigma_min)).to(self.x))
 
     def _look(self) -> Surrogate:
@@ -102,11 +102,10 @@ class LiveEnvironment(Environment):
             self.point = surrogate(self.denoiser, self.x, self._sigma(), self.labels)
         return self.point
 
-    def weight(self) -> torch.Tensor:
-        rate = torch.from_numpy(self.clock.rate(self.s.numpy().clip(0, 1)))
-        return self._look().norm.cpu().double() * rate.square() / self.unit
+    def weight(self) -> np.ndarray:
+        return self._look().norm.cpu().double().numpy() * np.square(self.clock.rate(self.s.clip(0, 1))) / self.unit
 
-    def move(self, ds: torch.Tensor) -> None:
+    def move(self, ds: np.ndarray) -> None:
         point, before = self._look(), self._sigma()
         self.s = self.s + ds
         after = self._sigma()
@@ -133,7 +132,7 @@ class Trajectory(NamedTuple):
     """A batch of rollouts; N steps, B paths."""
 
     s: torch.Tensor  # base-clock fraction, [N + 1, B]
-    features: torch.Tensor  # [N, B, 4]
+    features: torch.Tensor  # [N, B, 5]
     action: torch.Tensor  # v, [N, B]
     q: torch.Tensor  # where each step starts, [N, B]
     cost: torch.Tensor  # int q v^2 dt of each step, [N, B]
@@ -151,30 +150,44 @@ def rollout(
     """
     env.reset(batch, settings.repeats, generator)
     dtau = 1 / settings.num_steps
-    noises = torch.randn((settings.num_steps, batch), generator=generator, dtype=torch.float64)
-    rows = {name: [] for name in ("features", "action", "q", "cost")}
+    noises = torch.randn((settings.num_steps, batch), generator=generator, dtype=torch.float64).numpy()
+    mean_of = _mean_of(policy, settings.num_steps)
+    rows: Dict[str, List[np.ndarray]] = {name: [] for name in ("action", "q", "cost")}
     path = [env.s]
     q = env.weight()
     for k in range(settings.num_steps):
-        features = make_features(k * dtau, env.s, q)
-        with torch.no_grad():
-            mean = policy(features.float()).double()
-        if not mean.isfinite().all():
+        mean = mean_of(k, env.s, q)
+        if not np.isfinite(mean).all():
             raise FloatingPointError(f"the policy's speed is not finite at step {k}: learning diverged; {DIVERGED}")
         action = sample_action(mean, q, settings.temperature, settings.epsilon, noises[k])
         start, more = q, k + 1 < settings.num_steps
         if settings.simpson:
-            env.move(action * dtau / 2)
+            env.move(action * (dtau / 2))
             middle = env.weight()
-            env.move(action * dtau / 2)
+            env.move(action * (dtau / 2))
             q = env.weight()
             average = (start + 4 * middle + q) / 6
         else:
             env.move(action * dtau)
             q = env.weight() if more else q
             average = start
-        cost = average * action.square() * dtau * settings.horizon
-        for name, value in zip(rows, (features, action, start, cost)):
+        for name, value in zip(rows, (action, start, average * np.square(action) * (dtau * settings.horizon))):
             rows[name].append(value)
         path.append(env.s)
-    return Trajectory(s=torch.stack(path), **{name: torch.stack(values) for name, values in rows.items()})
+    s, stacked = np.stack(path), {name: torch.from_numpy(np.stack(values)) for name, values in rows.items()}
+    tau = torch.arange(settings.num_steps, dtype=torch.float64)[:, None] / settings.num_steps
+    features = make_features(tau, torch.from_numpy(s[:-1]), stacked["q"])
+    return Trajectory(s=torch.from_numpy(s), features=features, **stacked)
+
+
+def _mean_of(policy: Policy, num_steps: int) -> Callable[[int, np.ndarray, np.ndarray], np.ndarray]:
+    """The policy's mean as a function of step, s [B] and q [B]."""
+    plan = policy.plan(num_steps)
+    if plan is not None:
+        return lambda k, s, q: np.clip(1 - s, ALMOST, 1) * plan[k]  # a path may start with a step back
+
+    @torch.no_grad()
+    def mean(k: int, s: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return policy(make_features(k / num_steps, torch.from_numpy(s), torch.from_numpy(q)).float()).double().numpy()
+
+    return mean

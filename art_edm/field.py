@@ -21,7 +21,9 @@ import torch
 
 from .denoiser import Denoiser, NonFiniteOutput
 
-__all__ = ["DIFFERENCE_STEP", "STEPS", "Surrogate", "choose_step", "drift", "full_precision", "rms", "surrogate"]
+__all__ = [
+    "DIFFERENCE_STEP", "STEPS", "Surrogate", "choose_step", "drift", "evaluate", "full_precision", "rms", "surrogate",
+]
 
 # Relative steps h of the central difference. The truncation error falls as h^2, the rounding error of a
 # float32 network grows as 1/h; tests/benchmarks/difference_step.py measures both against float64. The first
@@ -65,6 +67,16 @@ def _finite(values: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             "expected finite images; check the weight file, or its range of noise levels"
         )
     return values
+
+
+@torch.no_grad()
+def evaluate(
+    denoiser: Denoiser, x: torch.Tensor, sigma: float, class_labels: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """D(x; sigma) [B, C, H, W] in full precision; raises a NonFiniteOutput for NaN or infinity."""
+    level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    with full_precision():
+        return _finite(denoiser(x, level, class_labels), level)
 
 
 @torch.no_grad()

@@ -2,32 +2,43 @@
 
 Symbols (all in the base clock: v = du/dt, q = |Q| rate^2; in the linear clock v = theta, q = |Q|)
 -------
-features    [..., 4]: time tau = t/T and base-clock fraction s, scaled to [-1, 1]; how close the end is,
-            log(1 - s), since networks behave in log sigma there; and log(1 + q) of the sample.
+features    [..., 5]: time tau = t/T, and how close its end is, log(1 - tau), since networks behave in log
+            sigma there; the same of the base-clock fraction s; and log(1 + q) of the sample.
             The critic sees all: samples differ in q far more than the policy's choices do, and what the
-            critic does not explain is noise to the actor. The policy sees time and s alone, so that it
-            distils without loss; with `state` it sees q as well.
+            critic does not explain is noise to the actor. What the policy sees is chosen by name: `time`
+            alone, so that it distils without loss and is the same for all samples; `path`, s as well;
+            `state`, q as well, as in the paper.
 mean        mu(features), the speed the policy prefers; it starts at 1 along the base clock
 variance    temperature / max(q, epsilon), equation (11)
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Union
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Critic", "Policy", "make_features", "sample_action"]
+__all__ = ["Critic", "Policy", "SEES", "make_features", "sample_action"]
 
+SEES = {"time": 2, "path": 4, "state": 5}  # features that the policy's network is given
+
+ALMOST = 1e-4  # what is at least left of a path, so that its speed stays positive
 CLOSE = 3e-3  # resolution of log(1 - s)
-WIDE = 8.0  # scale of the first layer's start
+WIDE = {2: 60.0}  # scale of the first layer's start, by its inputs: a function of time alone takes more detail
+WIDTH = {2: 192}  # and costs one evaluation for all paths
 
 
-def make_features(tau: float, s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Features of a decision: tau scalar in [0, 1], s [B], q [B] -> [B, 4]."""
-    close = (1 - s + CLOSE).clamp_min(CLOSE).log() / -3 - 0.5
-    return torch.stack([torch.full_like(s, 2 * tau - 1), 2 * s.clamp(0, 1.5) - 1, close, torch.log1p(q)], dim=-1)
+def make_features(tau: Union[float, torch.Tensor], s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Features of decisions: tau in [0, 1], a number or as s; s [...], q [...] -> [..., 5]."""
+    time = torch.as_tensor(tau, dtype=s.dtype).expand(s.shape)
+    pairs = [part for u in (time, s) for part in (2 * u.clamp(0, 1.5) - 1, _close(u))]
+    return torch.stack([*pairs, torch.log1p(q)], dim=-1)
+
+
+def _close(u: torch.Tensor) -> torch.Tensor:
+    return (1 - u + CLOSE).clamp_min(CLOSE).log() / -3 - 0.5
 
 
 class _Tanh(nn.Module):
@@ -47,7 +58,7 @@ def _mlp(inputs: int, width: int, generator: torch.Generator) -> nn.Sequential:
     with torch.no_grad():
         for layer in net:
             if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5 * (WIDE if layer is net[0] else 1)
+                bound = layer.in_features**-0.5 * (WIDE.get(inputs, 8.0) if layer is net[0] else 1)
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
         net[-1].weight.zero_()
@@ -66,37 +77,52 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, generator: torch.Generator, state: bool = False, arrive: Optional[float] = None, width: int = 48
+        self, generator: torch.Generator, sees: str = "time", arrive: Optional[float] = None
     ) -> None:
         super().__init__()
-        self.inputs, self.arrive = 4 if state else 3, arrive
-        self.net = _mlp(self.inputs, width, generator)
+        self.sees, self.arrive, inputs = sees, arrive, SEES[sees]
+        self.net = _mlp(inputs, WIDTH.get(inputs, 48), generator)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """features [..., 4] -> mean [...]."""
-        log_factor = self.net(features[..., : self.inputs]).squeeze(-1)
+        """features [..., B, 5], of one time along B -> mean [..., B]."""
+        seen = features[..., : SEES[self.sees]]
+        if self.sees == "time":
+            seen = seen[..., :1, :]  # all B decisions are at the same time
+        log_factor = self.net(seen).squeeze(-1)
         if self.arrive is None:
-            return log_factor.exp()
-        time_left, left = (1 - features[..., 0]) / 2, (1 - features[..., 1]) / 2
+            return log_factor.exp().expand(features.shape[:-1])
+        time_left, left = (1 - features[..., 0]) / 2, (1 - features[..., 2]) / 2
         say = 1 - self.arrive / time_left
-        return left.clamp_min(1e-4) / time_left * (say * log_factor).exp()
+        return left.clamp_min(ALMOST) / time_left * (say * log_factor).exp()
+
+    @torch.no_grad()
+    def plan(self, num_steps: int) -> Optional[np.ndarray]:
+        """All that the network has to say, [N], where it sees the time alone: mean = (1 - s) plan[k].
+
+        None where it sees more, or where paths need not arrive.
+        """
+        if self.sees != "time" or self.arrive is None:
+            return None
+        tau = torch.arange(num_steps, dtype=torch.float64) / num_steps
+        at_start = make_features(tau, torch.zeros_like(tau), torch.zeros_like(tau))[:, None]  # [N, 1, 5]
+        return self(at_start.float()).squeeze(1).double().numpy()
 
 
 class Critic(nn.Module):
     """V(features), zero at tau = 1 by construction."""
 
-    def __init__(self, generator: torch.Generator, width: int = 48) -> None:
+    def __init__(self, generator: torch.Generator, width: int = 24) -> None:
         super().__init__()
-        self.net = _mlp(4, width, generator)
+        self.net = _mlp(5, width, generator)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """features [..., 4] -> value [...]."""
+        """features [..., 5] -> value [...]."""
         remaining = (1 - features[..., 0]) / 2  # 1 - tau
         return remaining * self.net(features).squeeze(-1)
 
 
 def sample_action(
-    mean: torch.Tensor, q: torch.Tensor, temperature: float, epsilon: float, noise: torch.Tensor
-) -> torch.Tensor:
+    mean: np.ndarray, q: np.ndarray, temperature: float, epsilon: float, noise: np.ndarray
+) -> np.ndarray:
     """v ~ N(mean, temperature / max(q, epsilon)), equation (11); all [B], `noise` unit normal."""
-    return mean + (temperature / q.clamp_min(epsilon)).sqrt() * noise
+    return mean + np.sqrt(temperature / np.maximum(q, epsilon)) * noise

@@ -22,26 +22,22 @@ import numpy as np
 import torch
 
 from .actor_critic import actor_loss, advantages, centre, critic_loss, multiplier_step, rewards, temporal_differences
+from .checkpoint import CheckpointMismatch, State, read_checkpoint, write_checkpoint
 from .clock import Clock, ComposedClock, make_clock
 from .config import PRESETS, TrainConfig, live
 from .control import CachedEnvironment, Environment, LiveEnvironment, RolloutSettings, rollout
 from .denoiser import Denoiser
 from .distill import LearnedClock, distill
 from .field import NonFiniteOutput, choose_step
-from .files import save_tensors
+from .optimizer import Adam, Sgd
 from .policy import Critic, Policy
-from .profile import Profile, measure_profile
+from .profile import Profile, measure_along, measure_profile
 from .progress import GracefulStop, Progress, Stopped
 from .seeding import seeded_generator
 
 __all__ = ["CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "live", "train"]
 
-PLAIN = ("iteration", "gamma", "round", "history", "evaluations", "seconds")  # state that is saved as it is
 SAVE_SECONDS = 5.0  # between checkpoints; a result never depends on it
-
-
-class CheckpointMismatch(ValueError):
-    """The checkpoint was made with other settings; the message names the difference."""
 
 
 @dataclass
@@ -54,23 +50,6 @@ class TrainResult:
     evaluations: Dict[str, int]  # of the choice of the difference's `step`, and of the stages `profile` and `rl`
     seconds: Dict[str, float]
     history: List[Dict[str, float]] = field(default_factory=list)
-
-
-@dataclass
-class _State:
-    """Everything a checkpoint holds."""
-
-    iteration: int = 0
-    gamma: float = 0.0
-    round: int = -1
-    knots: List[np.ndarray] = field(default_factory=list)  # one learned path per finished round
-    paths: List[np.ndarray] = field(default_factory=list)  # s of the last iterations, [N + 1, B] each
-    history: List[Dict[str, float]] = field(default_factory=list)
-    profile: Optional[Profile] = None
-    evaluations: int = 0
-    seconds: float = 0.0
-    parts: Dict[str, Any] = field(default_factory=dict)  # policy, critic and their optimizers
-    last_save: float = 0.0
 
 
 def train(
@@ -127,7 +106,7 @@ class _Run:
     ) -> None:
         self.denoiser, self.config, self.checkpoint, self.quiet = denoiser, config, checkpoint, quiet
         self.settings = {**asdict(config), "network": identity}
-        self.state = _State(gamma=config.multiplier, last_save=time.monotonic())
+        self.state, self.last_save = State(gamma=config.multiplier), time.monotonic()
         sigma_data = config.clock_sigma_data or denoiser.sigma_data
         self.base = make_clock(config.clock, denoiser.sigma_max, sigma_data)
         self.step_evaluations = self._prepare()
@@ -136,7 +115,7 @@ class _Run:
     def _prepare(self) -> int:
         """Choose the step of differences where the network asks for it, as a resumed run does again; what it cost."""
         denoiser, before = self.denoiser, self.denoiser.evaluations
-        if denoiser.difference_step is None:
+        if denoiser.difference_step is None and (self.config.rollout == "live" or not self.config.shared):
             generator = seeded_generator(self.config.seed, (1 << 30) + 1)
             latents = torch.randn((1, *denoiser.img_shape), generator=generator, dtype=torch.float64)
             labels = denoiser.draw_labels(1, generator)
@@ -153,7 +132,8 @@ class _Run:
         generator = seeded_generator(config.seed, 1 << 30)  # iterations count up from 0
         latents = torch.randn((config.trajectories, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
         labels = self.denoiser.draw_labels(config.trajectories, generator)
-        progress = Progress(3 * config.trajectories * config.points, "profile, images", self.quiet)
+        cost, measured = (1, measure_along) if config.shared else (3, measure_profile)
+        progress = Progress(cost * config.trajectories * config.points, "profile, images", self.quiet)
 
         def on_step(done: int) -> None:
             progress.update(done)
@@ -161,7 +141,7 @@ class _Run:
                 progress.close()
                 self._stop("while measuring the profile")
 
-        self.state.profile = measure_profile(
+        self.state.profile = measured(
             self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points,
             class_labels=labels, on_step=on_step,
         )
@@ -189,26 +169,27 @@ class _Run:
                 if stop.requested:
                     progress.close()
                     self._stop(f"after {state.iteration} of {config.iterations} iterations")
-                if time.monotonic() - state.last_save > SAVE_SECONDS:
+                if time.monotonic() - self.last_save > SAVE_SECONDS:
                     self.save()
         progress.close()
         self.save()
 
     def _begin_round(self, current: int) -> None:
         """Fresh actor and critic; from the second round on, in the clock learned by the one before."""
-        state, config = self.state, self.config
+        state = self.state
         if state.paths:
             state.knots.append(distill(self._paths(), self._clock()).mean)
             state.paths = []
-        state.round = current
+        state.round, state.parts = current, self._fresh_parts(current)
+
+    def _fresh_parts(self, current: int) -> Dict[str, Any]:
+        """Actor, critic and their optimizers as a round begins."""
+        config = self.config
         generator = seeded_generator(config.seed, (1 << 31) + current)
-        arrive = 1 / config.train_steps if config.arrive else None
-        policy, critic = Policy(generator, config.state, arrive), Critic(generator)
-        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.optimizer]
-        state.parts = {
-            "policy": policy, "critic": critic, "policy_optimizer": kind(policy.parameters(), lr=config.actor_rate),
-            "critic_optimizer": kind(critic.parameters(), lr=config.critic_rate),
-        }
+        policy = Policy(generator, config.sees, 1 / config.train_steps if config.arrive else None)
+        parts = {"policy": policy, "critic": Critic(generator)}
+        kind = {"adam": Adam, "sgd": Sgd}[config.optimizer]
+        return {**parts, **{f"{name}_optimizer": kind(net.parameters()) for name, net in parts.items()}}
 
     def _iterate(self, env: Environment, settings: RolloutSettings, rate: float) -> None:
         """One iteration of Algorithm 1: rollouts, updates (29), multiplier (30)."""
@@ -217,21 +198,19 @@ class _Run:
         policy, critic = state.parts["policy"], state.parts["critic"]
         path = rollout(env, policy, settings, config.batch, generator)
         reward = rewards(path, settings, state.gamma, config.penalty)
-        with torch.no_grad():
-            values = critic(path.features.float()).double()
-        advantage = advantages(temporal_differences(values, reward), config.trace)
+        values = critic(path.features.float())  # [N, B]
+        advantage = advantages(temporal_differences(values.detach().double(), reward), config.trace)
         scale = config.train_steps if config.normalise else 1  # Adam does not care; it keeps losses comparable
-        losses = {"critic": critic_loss(critic, path, advantage) / scale}
+        losses = {"critic": critic_loss(values, advantage) / scale}
         if config.baseline:
             advantage = centre(advantage, config.repeats)
             advantage = advantage / (advantage.std() + 1e-12)
         losses["policy"] = actor_loss(policy, path, advantage, settings) / scale
         for name, base_rate in (("policy", config.actor_rate), ("critic", config.critic_rate)):
             optimizer = state.parts[f"{name}_optimizer"]
-            optimizer.param_groups[0]["lr"] = base_rate * rate
             optimizer.zero_grad()
             losses[name].backward()
-            optimizer.step()
+            optimizer.step(base_rate * rate)
         state.gamma, error = multiplier_step(state.gamma, path, config.multiplier_rate * rate, settings)
         state.iteration += 1
         state.history.append({"error": error, "gamma": state.gamma, "cost": float(path.cost.sum(dim=0).mean())})
@@ -288,47 +267,14 @@ class _Run:
         """Write the checkpoint, if there is to be one."""
         if self.checkpoint is None:
             return False
-        state = self.state
-        content = {name: getattr(state, name) for name in PLAIN}
-        for name in ("knots", "paths"):
-            content[name] = [torch.from_numpy(array.copy()) for array in getattr(state, name)]
-        content["parts"] = {name: part.state_dict() for name, part in state.parts.items()}
-        if state.profile is not None:
-            p = state.profile
-            content["profile"] = {
-                "sigma": torch.from_numpy(p.sigma), "norm": torch.from_numpy(p.norm),
-                "evaluations": p.evaluations, "seconds": p.seconds,
-            }
-        content["settings"] = self.settings
-        save_tensors(self.checkpoint, content)
-        state.last_save = time.monotonic()
+        write_checkpoint(self.checkpoint, self.state, self.settings)
+        self.last_save = time.monotonic()
         return True
 
     def restore(self) -> None:
         """Read the checkpoint; settings must agree."""
-        try:
-            content = torch.load(self.checkpoint, weights_only=True)
-            found = content["settings"]
-        except Exception as error:  # torch raises many kinds for a file that is not one of its own
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-            raise CheckpointMismatch(f"{self.checkpoint} is not a checkpoint ({reason}); remove it") from None
-        for key, value in self.settings.items():
-            if found.get(key) != value:
-                raise CheckpointMismatch(
-                    f"{self.checkpoint} was made with {key}={found.get(key)}, this run has {key}={value}; "
-                    "use the same settings, or remove it and start again without --resume"
-                )
-        state = self.state
-        if content["round"] >= 0:
-            self._begin_round(content["round"])
-            for name, part in state.parts.items():
-                part.load_state_dict(content["parts"][name])
-        for name in PLAIN:
-            setattr(state, name, content[name])
-        for name in ("knots", "paths"):
-            setattr(state, name, [tensor.numpy() for tensor in content[name]])
-        if "profile" in content:
-            p = content["profile"]
-            state.profile = Profile(
-                self.profile_clock, p["sigma"].numpy(), p["norm"].numpy(), p["evaluations"], p["seconds"]
-            )
+        self.state, parts = read_checkpoint(self.checkpoint, self.settings, self.profile_clock)
+        if self.state.round >= 0:
+            self.state.parts = self._fresh_parts(self.state.round)
+            for name, part in self.state.parts.items():
+                part.load_state_dict(parts[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from art_edm.actor_critic import (
 )
 from art_edm.clock import LinearClock
 from art_edm.control import CachedEnvironment, RolloutSettings, Trajectory, rollout
-from art_edm.policy import Critic, Policy, make_features
+from art_edm.policy import SEES, Critic, Policy, make_features
 from art_edm.profile import Profile
 
 N, B = 7, 5
@@ -33,9 +34,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def randomise(net: torch.nn.Module) -> torch.nn.Module:
+def randomise(net: torch.nn.Module, std: float = 0.5) -> torch.nn.Module:
     with torch.no_grad():
-        net.net[-1].weight.normal_(std=0.5, generator=generator(5))
+        net.net[-1].weight.normal_(std=std, generator=generator(5))
         net.net[-1].bias.fill_(0.2)
     return net
 
@@ -82,8 +83,9 @@ def gradients(loss: torch.Tensor, net: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("arrive", [None, 1 / N])
-def test_actor_gradient_is_that_of_the_log_density(arrive):
-    policy, advantage = randomise(Policy(generator(), state=True, arrive=arrive)), draw(N, B, seed=6)
+@pytest.mark.parametrize("sees", SEES)
+def test_actor_gradient_is_that_of_the_log_density(sees, arrive):
+    policy, advantage = randomise(Policy(generator(), sees, arrive), std=0.1), draw(N, B, seed=6)
 
     def reference(floor: float) -> torch.Tensor:
         scale = (SETTINGS.temperature / PATH.q.clamp_min(floor)).sqrt()
@@ -100,7 +102,7 @@ def test_actor_gradient_is_that_of_the_log_density(arrive):
 
 def test_critic_gradient_against_finite_differences():
     critic, advantage = randomise(Critic(generator())), draw(N, B, seed=7)
-    found = gradients(critic_loss(critic, PATH, advantage), critic)
+    found = gradients(critic_loss(critic(PATH.features.float()), advantage), critic)
     double, h, expected = copy.deepcopy(critic).double(), 1e-5, []
     features = PATH.features.float().double()
     with torch.no_grad():
@@ -127,16 +129,15 @@ def test_critic_vanishes_at_the_end_and_the_policy_arrives():
     critic, s, q = randomise(Critic(generator())), torch.linspace(0, 1.2, 9).double(), draw(9).exp()
     assert critic(make_features(1.0, s, q).float()).abs().max() == 0
     assert critic(make_features(0.5, s, q).float()).abs().max() > 1e-3
-    for steps in (4, 64):
-        policy = randomise(Policy(generator(), state=True, arrive=1 / steps))
+    for steps, sees in itertools.product((4, 64), SEES):
+        policy = randomise(Policy(generator(), sees, 1 / steps))
         last, left = make_features(1 - 1 / steps, s[:7], q[:7]), 1 - s[:7]
         torch.testing.assert_close(policy(last.float()).double(), left * steps, rtol=1e-4, atol=1e-4)
         earlier = policy(make_features(0.25, s[:7], q[:7]).float()).double()
         assert (earlier / (left / 0.75) - 1).abs().max() > 1e-2  # there the network has a say
-    fresh = Policy(generator(), arrive=1 / 8)
     along = make_features(0.25, torch.full((3,), 0.25).double(), q[:3]).float()
-    torch.testing.assert_close(fresh(along), torch.ones(3))  # v = 1 along the base clock before training
-    torch.testing.assert_close(Policy(generator())(along), torch.ones(3))
+    for sees, arrive in itertools.product(SEES, (None, 1 / 8)):  # v = 1 along the base clock before training
+        torch.testing.assert_close(Policy(generator(), sees, arrive)(along), torch.ones(3))
 
 
 def test_baseline_by_explicit_loops():
@@ -161,20 +162,24 @@ class Curves(Profile):
         return np.array([[0.5], [1.0], [2.0], [4.0]]) + 3 * (1 - np.clip(sigma, 0, 1)) ** 2
 
 
-@pytest.mark.parametrize("simpson, repeats", [(False, 1), (True, 2)])
-def test_actor_gradient_is_that_of_the_expected_return(simpson, repeats):
+@pytest.mark.parametrize("simpson, repeats, sees, arrive", [
+    (False, 1, "time", None), (True, 2, "time", 1 / 6), (True, 2, "path", 1 / 6), (True, 2, "state", None),
+])
+def test_actor_gradient_is_that_of_the_expected_return(simpson, repeats, sees, arrive):
     """The policy-gradient theorem, for the bias of the log-speed, against common random numbers."""
     clock = LinearClock(1.0)
     env = CachedEnvironment(Curves(clock, np.array([1.0, 1e-3]), np.ones((4, 2)), 0, 0.0), clock, 1.0)
     settings, gamma, penalty, h = RolloutSettings(6, 0.05, 0.1, 1.0, simpson, repeats), -1.0, 5.0, 0.02
-    policy = Policy(generator())
-    bias = policy.net[-1].bias
+    policy = Policy(generator(), sees, arrive)
+    with torch.no_grad():
+        policy.net[-1].weight.normal_(std=0.05, generator=generator(5))
+    bias, centre_at = policy.net[-1].bias, 0.1 if arrive is None else 0.6  # far from the best, where nothing is to see
     by_theorem, by_difference = [], []
     for seed in range(24):
         returns = []
         for shift in (h, -h, 0.0):
             with torch.no_grad():
-                bias.fill_(0.1 + shift)
+                bias.fill_(centre_at + shift)
             path = rollout(env, policy, settings, 1000, generator(seed))
             reward = rewards(path, settings, gamma, penalty)
             returns.append(float(reward.sum(dim=0).mean()))

@@ -1,19 +1,17 @@
-"""Environments and rollouts: cached against live, cost against the profile, Simpson's rule, the floor, rewards."""
+"""Environments and rollouts: cached against live, cost against the profile, Simpson's rule, the floor."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from numpy.polynomial.hermite_e import hermegauss
 from scipy.optimize import minimize
 
-from art_edm.actor_critic import rewards
 from art_edm.analytic import GaussianDenoiser, one_dimensional
 from art_edm.clock import EdmClock, GaussianClock, LinearClock
 from art_edm.control import CachedEnvironment, LiveEnvironment, RolloutSettings, Trajectory, rollout
 from art_edm.field import DIFFERENCE_STEP
-from art_edm.policy import Policy, sample_action
+from art_edm.policy import Policy
 from art_edm.profile import Profile, measure_profile
 
 SHAPE = (1, 3, 3)
@@ -52,7 +50,7 @@ class FixedCached(CachedEnvironment):
 
     def reset(self, batch, repeats, generator):
         super().reset(batch, repeats, torch.Generator())
-        self.offset = torch.arange(batch) * (self.resolution + 1)
+        self.offset = np.arange(batch) * (self.resolution + 1)
 
 
 class Speeds(torch.nn.Module):
@@ -66,6 +64,9 @@ class Speeds(torch.nn.Module):
         self.k += 1
         return torch.full(features.shape[:-1], self.speeds[self.k - 1], dtype=torch.float64)
 
+    def plan(self, num_steps):
+        return None
+
 
 def settings(
     steps: int, temperature: float = 0.0, horizon: float = 1.0, simpson: bool = True, epsilon: float = 0.1,
@@ -78,9 +79,9 @@ def generator(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def lively(state: bool, arrive: bool, steps: int) -> Policy:
+def lively(sees: str, arrive: bool, steps: int) -> Policy:
     """A policy that depends on all its features."""
-    policy = Policy(generator(3), state, 1 / steps if arrive else None)
+    policy = Policy(generator(3), sees, 1 / steps if arrive else None)
     with torch.no_grad():
         policy.net[-1].weight.normal_(std=0.05, generator=generator(4))
     return policy
@@ -91,13 +92,13 @@ def costs(path: Trajectory) -> np.ndarray:
 
 
 @pytest.mark.parametrize("simpson", [True, False])
-@pytest.mark.parametrize("state, arrive", [(True, False), (False, True)])
-def test_cached_and_live_rollouts_are_the_same_process(profile, state, arrive, simpson):
+@pytest.mark.parametrize("sees, arrive", [("state", False), ("path", True), ("time", True)])
+def test_cached_and_live_rollouts_are_the_same_process(profile, sees, arrive, simpson):
     model, clock, steps = anisotropic(), GaussianClock(80.0, 1.0), 64
     unit = profile.optimum / 80
     how = settings(steps, temperature=0.15**2, simpson=simpson)
     live, cached, other = (
-        rollout(env, lively(state, arrive, steps), how, BATCH, generator(seed))
+        rollout(env, lively(sees, arrive, steps), how, BATCH, generator(seed))
         for env, seed in (
             (FixedLive(model, clock, unit), 7), (FixedCached(profile, clock, unit), 7),
             (FixedCached(profile, clock, unit), 8),
@@ -110,7 +111,7 @@ def test_cached_and_live_rollouts_are_the_same_process(profile, state, arrive, s
     assert np.abs(costs(other) / costs(live) - 1).max() > 1e-2  # other noises
     swapped = FixedLive(model, clock, unit)
     swapped.latents = LATENTS.flip(0)
-    swapped = rollout(swapped, lively(state, arrive, steps), how, BATCH, generator())
+    swapped = rollout(swapped, lively(sees, arrive, steps), how, BATCH, generator())
     assert np.abs(costs(swapped) / costs(cached) - 1).max() > 2e-2  # other paths
 
 
@@ -120,7 +121,7 @@ def test_cached_paths_use_every_trajectory_equally(profile):
     for seed in range(20):
         env.reset(5 * BATCH, 1, generator(seed))
         rows = env.offset // (env.resolution + 1)
-        assert torch.bincount(rows).tolist() == [5] * BATCH
+        assert np.bincount(rows).tolist() == [5] * BATCH
         seen.add(int(rows[0]))
     assert len(seen) > 1  # a batch smaller than M does not always see the same ones
 
@@ -131,9 +132,9 @@ def test_repeated_noises(profile):
     cached.reset(12, 3, generator())
     live = LiveEnvironment(anisotropic(), profile.clock, 1.0)
     live.reset(12, 3, generator())
-    for noise in (cached.offset, live.x):
-        assert len(noise) == 12 and torch.equal(noise[:4], noise[4:8]) and torch.equal(noise[:4], noise[8:])
-        assert len(torch.unique(noise, dim=0)) == 4  # and not all alike
+    for noise in (cached.offset, live.x.numpy()):
+        assert len(noise) == 12 and (noise[:4] == noise[4:8]).all() and (noise[:4] == noise[8:]).all()
+        assert len(np.unique(noise, axis=0)) == 4  # and not all alike
 
 
 def test_live_paths_start_at_the_exact_marginal():
@@ -223,17 +224,6 @@ def test_cost_does_not_depend_on_the_base_clock(profile):
     assert abs(cost(Flat(80.0)).mean() / expected.mean() - 1) > 0.5
 
 
-def test_policy_does_not_depend_on_the_base_clock():
-    """N(mu, lambda / (|Q| rate^2)) for v is N(rate mu, lambda / |Q|) for theta = rate v."""
-    norm, rate, noise = draw(50).abs() + 0.2, draw(50, seed=1).abs() + 0.5, draw(50, seed=2)
-    mu = torch.ones(50, dtype=torch.float64)
-    theta = rate * sample_action(mu, norm * rate.square(), 0.1, 0.0, noise)
-    torch.testing.assert_close(theta, sample_action(rate * mu, norm, 0.1, 0.0, noise))
-    assert not torch.allclose(theta, rate * sample_action(mu, norm, 0.1, 0.0, noise), rtol=1e-2)
-    held = sample_action(mu, torch.full((50,), 1e-9).double(), 0.1, 0.5, noise)
-    torch.testing.assert_close(held, mu + (0.1 / 0.5) ** 0.5 * noise)  # |Q| replaced by max(|Q|, epsilon)
-
-
 class Recorder(GaussianDenoiser):
     """A Gaussian that remembers the noise levels it was asked for."""
 
@@ -265,57 +255,19 @@ def test_rests_at_the_floor(profile):
     for env in (live, cached):
         env.reset(BATCH, 1, generator())
         for _ in range(200):
-            env.move(torch.full((BATCH,), 1 / 200, dtype=torch.float64))
+            env.move(np.full(BATCH, 1 / 200))
         at_end = env.weight()
-        env.move(torch.full((BATCH,), 0.3, dtype=torch.float64))
-        torch.testing.assert_close(env.weight(), at_end, rtol=1e-4, atol=0)
-    torch.testing.assert_close(live.weight(), cached.weight(), rtol=5e-3, atol=0)
+        env.move(np.full(BATCH, 0.3))
+        np.testing.assert_allclose(env.weight(), at_end, rtol=1e-4)
+    np.testing.assert_allclose(live.weight(), cached.weight(), rtol=5e-3)
     exact = model.variance * LATENTS / (model.variance + model.sigma_min**2) ** 1.5
     expected = exact.flatten(1).square().mean(dim=1).sqrt() * float(clock.rate(1.0)) ** 2
-    torch.testing.assert_close(live.weight(), expected, rtol=5e-3, atol=0)
+    np.testing.assert_allclose(live.weight(), expected.numpy(), rtol=5e-3)
 
 
-def step_path(action: torch.Tensor, q: torch.Tensor, dt: float) -> Trajectory:
-    """One step from s = 0 that arrives."""
-    s = torch.stack([torch.zeros_like(action), torch.ones_like(action)])
-    return Trajectory(s, torch.zeros(1, len(action), 4), action[None], q[None], (q * action.square() * dt)[None])
-
-
-def test_compensated_reward_is_free_of_the_policys_variance():
-    """E[-q v^2 + temperature] = -q mu^2 over v ~ N(mu, temperature / q), by Gauss-Hermite quadrature."""
-    nodes, weights = (torch.from_numpy(values) for values in hermegauss(5))
-    weights = weights / weights.sum()
-    temperature, dt = 0.3, 0.5
-    for mu, q in ((1.0, 0.2), (0.4, 7.0)):
-        weight = torch.full_like(nodes, q)
-        action = sample_action(torch.full_like(nodes, mu), weight, temperature, 0.1, nodes)
-        path = step_path(action, weight, dt)
-        how = settings(1, temperature, dt)
-        expected = -q * mu**2 * dt
-        assert float(rewards(path, how, 0.0, 0.0)[0] @ weights) == pytest.approx(expected, rel=1e-12)
-        without = float(-path.cost[0] @ weights)
-        assert without == pytest.approx(expected - temperature * dt, rel=1e-12)
-        with_gamma = float(rewards(path, how, -2.0, 0.0)[0] @ weights)
-        assert with_gamma == pytest.approx(expected + 2 * mu * dt, rel=1e-12)
-
-
-def test_rewards_by_hand():
-    s = torch.tensor([[0.0, 0.0], [0.4, 0.6], [0.9, 1.2]], dtype=torch.float64)
-    action = torch.tensor([[0.8, 1.2], [1.0, 1.2]], dtype=torch.float64)
-    cost = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)
-    path = Trajectory(s, torch.zeros(2, 2, 4), action, torch.ones(2, 2), cost)
-    found = rewards(path, settings(2, 0.05, 4.0), gamma=-1.5, penalty=20.0)
-    dt = 2.0
-    expected = np.array([
-        [-0.1 + (0.05 + 1.5 * 0.8) * dt, -0.2 + (0.05 + 1.5 * 1.2) * dt],
-        [-0.3 + (0.05 + 1.5 * 1.0) * dt - 20 * 4 * 0.1**2 / 2, -0.4 + (0.05 + 1.5 * 1.2) * dt - 20 * 4 * 0.2**2 / 2],
-    ])
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
-    assert not np.allclose(rewards(path, settings(2, 0.05, 4.0), 1.5, 20.0).numpy(), expected)
-
-
-def test_a_policy_that_has_diverged_is_blamed_and_not_the_denoiser(profile):
-    policy = lively(False, True, 8)
+@pytest.mark.parametrize("sees", ["time", "path"])
+def test_a_policy_that_has_diverged_is_blamed_and_not_the_denoiser(profile, sees):
+    policy = lively(sees, True, 8)
     env = FixedCached(profile, GaussianClock(80.0, 1.0), 1.0)
     assert rollout(env, policy, settings(8), BATCH, generator()).cost.isfinite().all()
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 
 from art_edm.analytic import EmpiricalDenoiser, ExactDenoiser, GaussianDenoiser, MixtureDenoiser, one_dimensional
 from art_edm.denoiser import Denoiser, NonFiniteOutput
-from art_edm.field import DIFFERENCE_STEP, Surrogate, drift, full_precision, rms, surrogate
+from art_edm.field import DIFFERENCE_STEP, Surrogate, drift, evaluate, full_precision, rms, surrogate
 from art_edm.unet import ScoreUNet
 
 SHAPE = (1, 4, 4)
@@ -104,15 +104,17 @@ def test_a_difference_off_the_path_is_far_off(build):
         assert float((rms(-wrong / sigma - exact) / rms(exact)).min()) > 0.2
 
 
-def test_cost_is_one_evaluation_for_the_drift_and_three_for_the_surrogate():
+def test_cost_is_one_evaluation_for_the_denoiser_or_drift_and_three_for_the_surrogate():
     model = mixture()
     x = points(model, 1.0, count=5)
     drift(model, x, 1.0)
     assert model.evaluations == 5
     surrogate(model, x, 1.0)
     assert model.evaluations == 5 + 3 * 5
+    evaluate(model, x, 1.0)
+    assert model.evaluations == 25
     model.exact_surrogate(x, 1.0)
-    assert model.evaluations == 20
+    assert model.evaluations == 25
 
 
 def test_noise_level_per_image_and_scalar_agree():
@@ -146,6 +148,8 @@ def test_labels_are_passed_on():
     scale = torch.tensor([0.25, 0.5], dtype=torch.float64).reshape(-1, 1, 1, 1)
     torch.testing.assert_close(drift(model, x, 2.0, labels), (scale - 1) * x / 2)
     torch.testing.assert_close(surrogate(model, x, 2.0, labels).slope, scale * (1 - scale) * x / 2)
+    torch.testing.assert_close(evaluate(model, x, 2.0, labels), scale * x)
+    assert not torch.allclose(evaluate(model, x, 2.0, labels.flip(0)), scale * x)
 
 
 class Broken(Denoiser):
@@ -164,6 +168,9 @@ def test_non_finite_output_names_the_noise_level():
         with pytest.raises(NonFiniteOutput, match=r"sigma = 0\.4 for 3 of 3 images"):
             function(model, x, 0.4)
         function(model, x, 0.6)
+    with pytest.raises(NonFiniteOutput, match=r"sigma = 0\.4 for 3 of 3 images"):
+        evaluate(model, x, 0.4)
+    torch.testing.assert_close(evaluate(model, x, 0.6), x / 2)
     drift(model, x, 0.501)
     with pytest.raises(NonFiniteOutput, match=r"sigma = 0\.49599 for 3 of 6 images"):
         surrogate(model, x, 0.501)  # only the lower end of the difference is bad
@@ -186,7 +193,7 @@ def test_full_precision_inside_and_flags_restored():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(x, 1.0)
             assert model.seen == (torch.bfloat16, True, True)  # the trap is real
-            for function in (drift, surrogate):
+            for function in (drift, evaluate, surrogate):
                 function(model, x, 1.0)
                 assert model.seen == (torch.float32, False, False)
             model(x, 1.0)
@@ -209,6 +216,7 @@ def test_no_gradient_is_recorded():
     found = surrogate(net, draw(1, 1, 8, 8), 1.0)
     assert not any(part.requires_grad for part in found)
     assert not drift(net, draw(1, 1, 8, 8), 1.0).requires_grad
+    assert not evaluate(net, draw(1, 1, 8, 8), 1.0).requires_grad and net(draw(1, 1, 8, 8), 1.0).requires_grad
 
 
 def test_rms_is_free_of_resolution():

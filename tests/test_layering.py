@@ -12,11 +12,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "art_edm"
 LAYERS: Dict[int, str] = {
-    -1: "files progress seeding config transfer pickle_tree uncertainty",
+    -1: "files progress seeding config transfer pickle_tree uncertainty optimizer",
     0: "denoiser grid clock policy frechet pickles upstream_sources images download cells",
     1: "analytic unet features field adapters mnist pickled_tensors trusted_pickle distributed upstream",
     2: "solvers profile pretrain pickled_data",
-    3: "control evaluation network_pickle references",
+    3: "checkpoint control evaluation network_pickle references",
     4: "actor_critic distill loading",
     5: "training detectors plots",
     6: "cli feature_stats tables",

@@ -13,7 +13,7 @@ from loopback import Loopback, isolate, whole
 from pickle_stand_ins import dumps, sha256, write_lock
 from upstream import run_python, upstream
 
-from art_edm import upstream_sources
+from art_edm import training, upstream_sources
 from art_edm.clock import GaussianClock
 from art_edm.grid import load_grid
 
@@ -83,7 +83,7 @@ def test_a_pickle_gives_the_optimum_of_its_data(run):
     assert not np.allclose(values[:-2], GaussianClock(80.0, 0.3).sigma(np.arange(9) / 8)[:-2], rtol=0.1)
     assert record["network"]["name"] == "net" and record["network"]["class"] == "Gaussian"
     assert record["network"]["sources"] == {"ours/net.py": {sha256(GAUSSIAN): "commit0"}}
-    assert record["network_calls"] == record["evaluations"] == 4 * 80 * 3 + STEP
+    assert record["network_calls"] == record["evaluations"] == 4 * 85
 
 
 def test_class_and_guidance_reach_the_field_and_the_record(run):
@@ -109,10 +109,23 @@ def test_class_and_guidance_reach_the_field_and_the_record(run):
 
 def test_guided_calls_are_told(run):
     net, guide = pickled("net.pkl", 0.2), pickled("guide.pkl", 1.0)
-    result = run(f"--network={net}", f"--gnet={guide}", "--guidance=2", *SMALL)
-    assert result.exit_code == 0 and "1,002 images evaluated (2,004 by either network)" in result.stdout, result.stdout
-    plain = run(f"--network={net}", *SMALL)
-    assert "1,002 images evaluated; " in plain.stdout
+    small = [*SMALL, "--trajectories=16"]
+    result = run(f"--network={net}", f"--gnet={guide}", "--guidance=2", *small)
+    assert result.exit_code == 0 and "1,360 images evaluated (2,720 by either network)" in result.stdout, result.stdout
+    plain = run(f"--network={net}", *small)
+    assert "1,360 images evaluated; " in plain.stdout
+
+
+def test_the_step_of_differences_is_chosen_for_live_rollouts_alone(run, monkeypatch):
+    """A profile differences along its paths; a rollout that calls the network differences about each point."""
+    path, chosen = pickled("net.pkl", 0.5), []
+    real = training.choose_step
+    monkeypatch.setattr(training, "choose_step", lambda *args: chosen.append(real(*args)) or chosen[-1])
+    record = record_of(run(f"--network={path}", *QUIET), "art_net18.npy")
+    assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 85, "rl": 0} and chosen == []
+    record = record_of(run(f"--network={path}", "--rollout=live", *QUIET, "--iterations=1"), "art_net18.npy")
+    assert record["evaluations_by_stage"] == {"step": STEP, "profile": 4 * 85, "rl": 3 * 8 * (2 * 48 + 1)}
+    assert chosen == [0.01]
 
 
 def test_an_address_is_downloaded_once(run, tmp_path, monkeypatch):
@@ -183,7 +196,7 @@ def test_upstreams_guided_edm2_networks(tmp_path, monkeypatch):
     run_python(code % str(SCRIPT), "-", "--network=net.pkl", "--gnet=gnet.pkl", "--guidance=1.8", "--class=2",
                "--steps=5", *QUIET, cwd=tmp_path)
     record = json.loads(Path("art_net5.json").read_text())
-    assert record["network_calls"] == 2 * record["evaluations"] == 2 * (4 * 80 * 3 + STEP)
+    assert record["network_calls"] == 2 * record["evaluations"] == 2 * 4 * 85
     assert record["network"]["class_idx"] == 2
     assert list(record["network"]["sources"]) == ["edm2/training/networks_edm2.py"]
     assert load_grid("art_net5.npy").num_steps == 5

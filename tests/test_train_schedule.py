@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from art_edm.control import rollout
 from art_edm.grid import load_grid
 from art_edm.loading import save_network
 from art_edm.unet import ScoreUNet
@@ -23,12 +24,17 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "train_schedule.py"
 SMALL = ["--iterations=8", "--trajectories=4", "--quiet"]
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Call the tool in an empty folder, in this process."""
+def load_tool():
     spec = importlib.util.spec_from_file_location("train_schedule", SCRIPT)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call the tool in an empty folder, in this process."""
+    tool = load_tool()
     monkeypatch.chdir(tmp_path)
     return lambda *args: CliRunner().invoke(tool.main, list(args))
 
@@ -66,12 +72,12 @@ def test_one_run_serves_every_number_of_steps(run):
     for k, record in zip((2, 3, 18), records):
         grid = load_grid(f"g{k}.npy")
         assert grid.num_steps == record["num_steps"] == k and grid.sigma_max == 80
-        assert record["evaluations"] == 4 * 80 * 3  # the profile alone: one for all, none in the RL loop
+        assert record["evaluations"] == 4 * 85  # the profile alone: one for all, none in the RL loop
         assert record["J_over_J_star_grids"]["direct"] >= 1
     assert len({record["J"] for record in records}) == 1
     for name in ("uniform", "dpm", "edm", "ART-RL"):
         assert name in result.stdout
-    assert "960 images evaluated" in result.stdout
+    assert "340 images evaluated" in result.stdout
 
 
 def test_sidecar_tells_everything(run):
@@ -88,6 +94,7 @@ def test_sidecar_tells_everything(run):
     s = np.linspace(0, 3, 30001)
     whole, root = (np.trapezoid((1 + s**2) ** power, s) for power in (-1.5, -0.75))
     assert record["J_over_J_star_rules"]["uniform"] == pytest.approx(3 * whole / root**2, rel=1e-3)
+    assert record["J_over_J_star_rules"]["uniform"] != pytest.approx(3 * whole / root**2 * 1.02, rel=1e-3)
 
 
 def test_direct_writes_the_optimum(run):
@@ -122,7 +129,7 @@ def test_paper_preset_runs_once_for_each_number_of_steps(run):
         record = json.loads(Path(f"p{k}.json").read_text())
         settings = record["settings"]
         assert [settings[key] for key in ("train_steps", "clock", "trace", "batch")] == [k, "linear", 0.0, 1]
-        assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 80 * 3, "rl": 8 * k * 3}  # 8 iterations, one path
+        assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 85, "rl": 8 * k * 3}  # of one path
 
 
 # --- what it refuses -----------------------------------------------------------------------------------
@@ -223,7 +230,7 @@ def test_plot_without_matplotlib_is_found_first(run, monkeypatch):
 
 # --- stopping and resuming -----------------------------------------------------------------------------
 
-LONG = ["--network=oned", "--steps=5", "--iterations=60", "--trajectories=4"]
+LONG = ["--network=oned", "--steps=5", "--iterations=24", "--trajectories=4"]  # two rounds of 12
 
 
 def start(folder, *args):
@@ -237,45 +244,48 @@ def start(folder, *args):
 
 def wait_for_iteration(path, process, iteration):
     """Until the checkpoint has got that far."""
-    for _ in range(2000):
+    for _ in range(1200):
         assert process.poll() is None, process.communicate()
         if path.exists() and torch.load(path, weights_only=True)["iteration"] >= iteration:
             return
-        time.sleep(0.01)
+        time.sleep(0.02)
     pytest.fail("no checkpoint in time")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    process = start(folder, "--out=g.npy", "--quiet")
-    assert process.wait(120) == 0
-    return (folder / "g.npy").read_bytes()
+    """The bytes of a whole run; one iteration less gives others."""
+    folder, tool = tmp_path_factory.mktemp("whole"), load_tool()
+    for name, more in (("whole", []), ("shorter", ["--iterations=23"])):
+        assert CliRunner().invoke(tool.main, [*LONG, *more, f"--out={folder}/{name}.npy", "--quiet"]).exit_code == 0
+    whole, shorter = ((folder / f"{name}.npy").read_bytes() for name in ("whole", "shorter"))
+    assert whole != shorter
+    return whole
 
 
-@pytest.mark.parametrize(
-    ("number", "iteration"), [(signal.SIGKILL, 5), (signal.SIGKILL, 35), (signal.SIGTERM, 12), (signal.SIGINT, 3)]
-)
-def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, uninterrupted, number, iteration):
+@pytest.mark.parametrize(("number", "iteration"), [(signal.SIGKILL, 14), (signal.SIGTERM, 7), (signal.SIGINT, 2)])
+def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, run, uninterrupted, number, iteration):
+    """A process of its own is stopped, and resumed in this one."""
     process = start(tmp_path, "--out=g.npy")
     wait_for_iteration(tmp_path / "g.ckpt", process, iteration)
     process.send_signal(number)
     _, message = process.communicate(timeout=60)
     if number != signal.SIGKILL:
         assert process.returncode == 1 and message.count("\n") == 1
-        assert "continue with --resume" in message and "of 60 iterations" in message
+        assert "continue with --resume" in message and "of 24 iterations" in message
     assert not (tmp_path / "g.npy").exists()
-    process = start(tmp_path, "--out=g.npy", "--resume", "--quiet")
-    assert process.wait(120) == 0
-    assert (tmp_path / "g.npy").read_bytes() == uninterrupted
+    done = torch.load(tmp_path / "g.ckpt", weights_only=True)["iteration"]
+    assert iteration <= done < 24
+    resumed = run(*LONG, "--out=g.npy", "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if ".part" not in path.name) == ["g.json", "g.npy"]
+    assert (tmp_path / "g.npy").read_bytes() == uninterrupted
 
 
-def test_checkpoint_of_other_settings_is_refused(tmp_path, run):
-    process = start(tmp_path, "--out=g.npy", "--quiet")
-    wait_for_iteration(tmp_path / "g.ckpt", process, 2)
-    process.kill()
-    process.wait()
+def test_checkpoint_of_other_settings_is_refused(tmp_path, run, monkeypatch):
+    with monkeypatch.context() as patch:  # Ctrl-C in the first iteration
+        patch.setattr("art_edm.training.rollout", lambda *args: signal.raise_signal(signal.SIGINT) or rollout(*args))
+        assert run(*LONG, "--out=g.npy", "--quiet").exit_code == 1
     before = (tmp_path / "g.ckpt").read_bytes()
     refused(run(*LONG, "--out=g.npy", "--resume", "--seed=4"), "seed=0", "seed=4", "remove it")
     refused(run("--network=gaussian:0.5", *LONG[1:], "--out=g.npy", "--resume"), "network=oned")

@@ -1,4 +1,4 @@
-"""Algorithm 1: same bits from same seeds and after any stop; checkpoints; recovery from a wrong base clock."""
+"""Algorithm 1: same bits from same seeds and after any stop; checkpoints."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import signal
 from dataclasses import replace
 from typing import Callable, Optional
 
-import numpy as np
 import pytest
 import torch
 
 from art_edm import training
-from art_edm.analytic import GaussianDenoiser, one_dimensional
-from art_edm.clock import Clock, EdmClock, GaussianClock, make_clock
+from art_edm.analytic import GaussianDenoiser
+from art_edm.clock import EdmClock, make_clock
 from art_edm.denoiser import NonFiniteOutput
 from art_edm.progress import Stopped
 from art_edm.training import PRESETS, CheckpointMismatch, TrainConfig, TrainResult, train
@@ -23,7 +22,10 @@ SHORT = replace(
 )
 LIVE = replace(SHORT, rollout="live", iterations=6, train_steps=8)
 PAPER = replace(PRESETS["paper"], iterations=6, trajectories=4, points=8, keep=4)
-CONFIGS = {"cached": SHORT, "live": LIVE, "paper": PAPER, "three rounds": replace(SHORT, rounds=3, iterations=10)}
+CONFIGS = {
+    "cached": SHORT, "live": LIVE, "paper": PAPER, "three rounds": replace(SHORT, rounds=3, iterations=10),
+    "by path": replace(SHORT, sees="path", shared=False, iterations=4),
+}
 
 
 def gaussian(kind: type = GaussianDenoiser) -> GaussianDenoiser:
@@ -216,9 +218,9 @@ class Failing(GaussianDenoiser):
         return denoised
 
 
-@pytest.mark.parametrize("calls", [3, 16, 17, 60, 120, 200])
+@pytest.mark.parametrize("calls", [3, 8, 9, 60, 120, 200])
 def test_failing_network_leaves_a_checkpoint_from_which_a_good_one_goes_on(calls, whole, tmp_path):
-    """Calls: 2 for each of 8 points of the profile, then 34 for each iteration."""
+    """Calls: one for each of 8 points of the profile, then 34 for each iteration."""
     checkpoint, model = tmp_path / "state", gaussian(Failing)
     model.limit = calls
     with pytest.raises(NonFiniteOutput) as failed:
@@ -226,8 +228,8 @@ def test_failing_network_leaves_a_checkpoint_from_which_a_good_one_goes_on(calls
     assert f"sigma = {model.failed_at:.6g}" in str(failed.value)
     assert f"What was learned so far is in {checkpoint}" in str(failed.value)
     content = torch.load(checkpoint, weights_only=True)
-    assert content["iteration"] == max(0, calls - 16) // 34
-    assert ("profile" in content) == (calls >= 16)
+    assert content["iteration"] == max(0, calls - 8) // 34
+    assert ("profile" in content) == (calls >= 8)
     assert bits(train(gaussian(), LIVE, checkpoint=checkpoint, resume=True))[:4] == whole["live"][:4]
     shutil.rmtree(tmp_path)
     model = gaussian(Failing)
@@ -237,61 +239,11 @@ def test_failing_network_leaves_a_checkpoint_from_which_a_good_one_goes_on(calls
     assert "learned so far" not in str(failed.value)
 
 
-def relative_cost(result: TrainResult, clock: Optional[Clock] = None) -> float:
-    """J / J* of the learned clock, or of another."""
-    sigma = (clock or result.learned).sigma(np.linspace(0, 1, 4097))
-    return result.profile.cost(sigma) / result.profile.optimum
-
-
-@pytest.mark.parametrize("clock, factor", [("gaussian", 3.0), ("edm", None)])
-def test_learns_from_a_wrong_base_clock(clock, factor):
-    model = gaussian()
-    config = replace(
-        PRESETS["default"], clock=clock, clock_sigma_data=factor and 0.5 * factor, iterations=300, batch=64,
-        train_steps=32,
-    )
-    result = train(model, config)
-    base = make_clock(clock, 80.0, 0.5 * (factor or 1))
-    assert relative_cost(result, base) > 1.3
-    assert 1 - 1e-6 <= relative_cost(result) <= 1.05
-    assert abs(result.terminal_error) < 0.02
-    exact = GaussianClock(80.0, 0.5)
-    assert relative_cost(result, exact) == pytest.approx(1, abs=1e-3)  # the oracle's own score
-    assert result.evaluations == {"profile": 3 * config.trajectories * config.points, "rl": 0}
-    assert len(result.history) == 300
-    idle = train(model, replace(config, actor_rate=0.0, iterations=20))
-    assert relative_cost(idle) > 1.3
-
-
-def test_learns_in_live_rollouts():
-    model = gaussian()
-    config = replace(LIVE, clock_sigma_data=1.5, iterations=40, batch=16, train_steps=16, points=40, keep=128)
-    result = train(model, config)
-    assert relative_cost(result, GaussianClock(80.0, 1.5)) > 1.4
-    assert relative_cost(result) < 1.25
-    assert result.evaluations["rl"] == 40 * 16 * 3 * (2 * 16 + 1)
-    assert model.evaluations == result.evaluations["rl"] + result.evaluations["profile"]
-    assert relative_cost(train(model, replace(config, actor_rate=0.0, iterations=5))) > 1.3
-
-
-def test_paper_preset_runs():
-    """18 points that are looked at on each path, three evaluations at each."""
-    model = one_dimensional()
-    result = train(model, replace(PRESETS["paper"], iterations=5, trajectories=4, points=8))
-    assert result.evaluations["rl"] == 5 * 18 * 3
-    assert result.learned.mean.shape == (19,) and (np.diff(result.learned.mean) > 0).all()
-    assert result.learned.clock.name == "linear" and len(result.history) == 5
-    assert result.learned.grid(18).sigma_max == 3.0
-    paper = PRESETS["paper"]  # the literal recipe: plain differences, one path, raw physical time
-    assert (paper.trace, paper.batch, paper.iterations, paper.temperature) == (0.0, 1, 5000, 0.1)
-    assert not (paper.normalise or paper.baseline or paper.simpson or paper.arrive)
-
-
 def test_direct_method_learns_nothing(tmp_path):
     config = replace(SHORT, method="direct")
     result = train(gaussian(), config, checkpoint=tmp_path / "state")
     assert result.learned is None and result.terminal_error is None and not result.history
-    assert result.evaluations == {"profile": 3 * 4 * 8, "rl": 0}
+    assert result.evaluations == {"step": 0, "profile": 4 * 8, "rl": 0}
     again = train(gaussian(Failing), config, checkpoint=tmp_path / "state", resume=True)  # needs no call any more
     assert again.profile.norm.tobytes() == result.profile.norm.tobytes()
 
