@@ -19,7 +19,7 @@ setup(
     # The list of known sources is read at run time: an installed package has a copy, a checkout its own file.
     packages=["art_edm", "art_edm.third_party"],
     package_dir={"art_edm.third_party": "third_party"},
-    package_data={"art_edm": ["weights/*"], "art_edm.third_party": ["upstream.json"]},
+    package_data={"art_edm": ["weights/*", "paper.json"], "art_edm.third_party": ["upstream.json"]},
     install_requires=["torch>=2.0", "numpy", "click", "pillow", "scipy", "requests"],
     extras_require={"plot": ["matplotlib"], "test": ["pytest", "hypothesis", "ruff", "matplotlib", "tqdm"]},
 )

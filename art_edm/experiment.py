@@ -33,7 +33,7 @@ from .progress import GracefulStop, Progress, Stopped
 from .solvers import nfe, sample
 from .tallies import EndPoints, FeatureTally, Tally, missing
 
-__all__ = ["EndPointError", "Samples", "Work", "check_images", "end_point_error", "end_points", "features"]
+__all__ = ["EndPointError", "Samples", "Work", "cell", "check_images", "end_point_error", "end_points", "features"]
 
 Content = Dict[str, np.ndarray]
 Span = Tuple[int, int]
@@ -126,13 +126,13 @@ def features(samples: Samples, detector: Detector, work: Work, splits: int = 0) 
     """
     kind = {"kind": "features", "detector": detector.sha256, "splits": splits}
     make = lambda: FeatureTally(samples.first, samples.num, detector, samples.network.denoiser.device, splits)
-    return _cell(samples, kind, make, work)
+    return cell(samples, kind, make, work)
 
 
 def end_points(samples: Samples, work: Work) -> Optional[np.ndarray]:
     """End points float64 [num, C H W]; only on process 0, None on the others. Raises as `features`."""
     size = int(np.prod(samples.network.denoiser.img_shape))
-    content = _cell(samples, {"kind": "end points"}, lambda: EndPoints(samples.first, samples.num, size), work)
+    content = cell(samples, {"kind": "end points"}, lambda: EndPoints(samples.first, samples.num, size), work)
     return None if content is None else content["points"]
 
 
@@ -154,7 +154,7 @@ def end_point_error(points: np.ndarray, fine: np.ndarray) -> EndPointError:
     return EndPointError(error, stderr, float(np.median(np.sqrt(square))))
 
 
-def _cell(samples: Samples, kind: Dict[str, Any], make: Callable[[], Tally], work: Work) -> Optional[Content]:
+def cell(samples: Samples, kind: Dict[str, Any], make: Callable[[], Tally], work: Work) -> Optional[Content]:
     """The finished cell, from the store or made now by all processes."""
     what, world, end = {**samples.what, **kind}, work.world, work.done + samples.evaluations
     with world.phase():  # all look before any writes

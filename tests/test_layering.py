@@ -13,22 +13,28 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "art_edm"
 LAYERS: Dict[int, str] = {
     -1: "files progress seeding config transfer pickle_tree uncertainty optimizer",
-    0: "denoiser grid clock policy frechet pickles upstream_sources images download cells",
+    0: "denoiser grid clock policy frechet pickles upstream_sources images download cells result",
     1: "analytic unet features field adapters mnist pickled_tensors trusted_pickle distributed upstream",
     2: "solvers profile pretrain pickled_data",
     3: "checkpoint control evaluation network_pickle references",
     4: "actor_critic distill loading",
-    5: "training detectors plots",
-    6: "cli feature_stats tables",
-    7: "report tallies",
-    8: "experiment grid_choice learned",
+    5: "training detectors plots image_fields",
+    6: "cli feature_stats tables learned",
+    7: "report tallies result_plots",
+    8: "experiment grid_choice",
     9: "scores comparison",
-    10: "fid_commands",
+    10: "fid_commands laboratory",
+    11: "recipes latent_images",
+    12: "oned_table image_tables field_transfer",
+    13: "ablations",
+    14: "reproduction",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 ONLY = {"cli": {"denoiser", "progress"}}  # it must start quickly
 PACKAGES = {"torch", "numpy", "click", "PIL", "scipy", "requests"}
-OPTIONAL = {("plots", "matplotlib"), ("tables", "matplotlib"), ("download", "msvcrt")}  # inside functions only
+OPTIONAL = {  # inside functions only
+    ("plots", "matplotlib"), ("tables", "matplotlib"), ("result_plots", "matplotlib"), ("download", "msvcrt"),
+}
 
 
 class Import(NamedTuple):

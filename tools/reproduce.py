@@ -1,0 +1,85 @@
+"""The paper's tables and figures, repeated: ours beside the paper's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Optional, Tuple
+
+import click
+
+from art_edm.cli import Command
+
+
+@click.command(cls=Command)
+@click.argument("names", nargs=-1, metavar="[TABLE|FIGURE|ablation|transfer]...")
+@click.option("--networks", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="DIR",
+              help="Folder with NVIDIA's pickles, reference statistics and Inception, under their official names.")
+@click.option("--mnist", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder with MNIST's four files.  [default: $ART_EDM_MNIST, else a download]")
+@click.option("--cifar10", type=click.Path(exists=True, path_type=Path), metavar="ARCHIVE|DIR",
+              help="CIFAR-10 as JPEGs train/CLASS/NNNN.jpg, a folder or a .tar.xz, for `transfer` and the ablations.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="results", show_default=True,
+              metavar="DIR", help="Where the report goes.")
+@click.option("--num", type=click.IntRange(2), metavar="N",
+              help="Samples per cell.  [default: the experiment's own, as in the paper]")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, metavar="N",
+              help="Seed of all randomness.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Images at a time.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME",
+              help="auto, cpu or cuda; naming cpu also runs what is meant for a GPU.")
+@click.option("--cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Where finished work is kept.  [default: the user's cache]")
+@click.option("--trust-pickle", is_flag=True, help="Run the code in network pickles that are not known.")
+@click.option("--list", "listing", is_flag=True, help="List the experiments and what they lack, and stop.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def main(
+    names: Tuple[str, ...], networks: Optional[Path], mnist: Optional[Path], cifar10: Optional[Path], out: Path,
+    num: Optional[int], seed: int, batch: int, device: str, cache: Optional[Path], trust_pickle: bool, listing: bool,
+    quiet: bool,
+) -> int:
+    """Run experiments of the paper, all without names, and write a report.
+
+    What the machine lacks is listed first, with the address that provides it; the rest runs. Run the same command
+    again to continue, also after a crash. torchrun shares the work among GPUs.
+
+    \b
+    Examples:
+      python tools/reproduce.py table1
+      python tools/reproduce.py table4 figure10 --num=10000
+      python tools/reproduce.py --list
+      torchrun --standalone --nproc_per_node=8 tools/reproduce.py table2 --networks=downloads
+    """
+    from art_edm.cells import Cells
+    from art_edm.distributed import world
+    from art_edm.files import cache_dir
+    from art_edm.laboratory import Lab
+    from art_edm.plots import check_plotting
+    from art_edm.progress import GracefulStop
+    from art_edm.recipes import TABLES, select
+    from art_edm.reproduction import lacking, reproduce
+
+    say = (lambda text: None) if quiet else click.echo
+    chosen = select(names)
+    given = mnist or (Path(os.environ["ART_EDM_MNIST"]) if os.environ.get("ART_EDM_MNIST") else None)
+    with world(device) as here, GracefulStop() as stop:
+        with here.phase():  # everything that can fail early
+            check_plotting()
+            out.mkdir(parents=True, exist_ok=True)
+            cells = Cells(cache or cache_dir() / "cells")
+        lab = Lab(cells, here, out, networks, given, cifar10, num, seed, batch, quiet, device != "auto", trust_pickle,
+                  stop)
+        if listing:
+            for item in chosen:
+                lacks = [what for found, what, _ in lacking([item], lab) if item.name in found]
+                click.echo(f"{item.name:<18} {item.title}" + (f"  (lacks {', '.join(lacks)})" if lacks else ""))
+            click.echo(f"{len(chosen)} of {len(TABLES)} experiments")
+            return 0
+        failures = reproduce(chosen, lab, say)
+        if here.rank == 0 and not quiet:
+            click.echo(f"wrote {out / 'README.md'}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    main(prog_name="reproduce.py")
