@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from .clock import Clock
-from .denoiser import Denoiser
+from .denoiser import Denoiser, NonFiniteOutput
+from .distributed import ALONE, World
 from .field import Surrogate, surrogate
 from .policy import ALMOST, Policy, make_features, sample_action
 from .profile import Profile, advance
@@ -76,25 +77,32 @@ class CachedEnvironment(Environment):
 
 
 class LiveEnvironment(Environment):
-    """The denoiser evaluated along each rollout: three evaluations per point that is looked at."""
+    """The denoiser evaluated along each rollout: three evaluations per point that is looked at.
 
-    def __init__(self, denoiser: Denoiser, clock: Clock, unit: float, euler: bool = False) -> None:
+    Several processes have the paths `mine`, by noise; each sees q of all, so that all do the same with it.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, clock: Clock, unit: float, euler: bool = False, world: World = ALONE
+    ) -> None:
         super().__init__(clock, unit)
-        self.denoiser, self.euler = denoiser, euler
+        self.denoiser, self.euler, self.world = denoiser, euler, world
         self.floor = float(clock.fraction(denoiser.sigma_min))
 
     def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
-        shape = (batch // repeats, *self.denoiser.img_shape)
-        latents = torch.randn(shape, generator=generator, dtype=torch.float64).repeat(repeats, 1, 1, 1)
-        labels = self.denoiser.draw_labels(len(latents) // repeats, generator)
-        self.labels = None if labels is None else labels.repeat(repeats, 1)
-        self.x = self.denoiser.initial(latents.to(self.denoiser.device), self.clock.sigma_max)
+        noises = batch // repeats
+        shares = torch.arange(self.world.rank, noises, self.world.size).repeat(repeats, 1)
+        self.mine = (shares + noises * torch.arange(repeats)[:, None]).flatten().numpy()  # paths of this process
+        latents = torch.randn((noises, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
+        labels = self.denoiser.draw_labels(noises, generator)
+        self.labels = None if labels is None else labels[self.mine % noises]
+        self.x = self.denoiser.initial(latents[self.mine % noises].to(self.denoiser.device), self.clock.sigma_max)
         self.s = np.zeros(batch)
         self.point: Optional[Surrogate] = None
 
     def _sigma(self) -> torch.Tensor:
-        """Noise levels [B], never below the denoiser's lowest."""
-        levels = self.clock.sigma(self.s.clip(0, self.floor))
+        """Noise levels of this process's paths, never below the denoiser's lowest."""
+        levels = self.clock.sigma(self.s[self.mine].clip(0, self.floor))
         return self.denoiser.round_sigma(torch.from_numpy(np.maximum(levels, self.denoiser.sigma_min)).to(self.x))
 
     def _look(self) -> Surrogate:
@@ -103,9 +111,21 @@ class LiveEnvironment(Environment):
         return self.point
 
     def weight(self) -> np.ndarray:
-        return self._look().norm.cpu().double().numpy() * np.square(self.clock.rate(self.s.clip(0, 1))) / self.unit
+        norms, failed = torch.zeros(len(self.s), dtype=torch.float64), None
+        try:
+            if len(self.mine):
+                norms[self.mine] = self._look().norm.cpu().double()
+        except NonFiniteOutput as error:  # told to all in the sum, so that none waits
+            norms[self.mine], failed = float("nan"), error
+        norms = self.world.sum(norms.to(self.world.device)).cpu()
+        if norms.isnan().any():
+            raise failed or NonFiniteOutput("another process's network returned NaN or infinity")
+        return norms.numpy() * np.square(self.clock.rate(self.s.clip(0, 1))) / self.unit
 
     def move(self, ds: np.ndarray) -> None:
+        if not len(self.mine):  # more processes than noises
+            self.s = self.s + ds
+            return
         point, before = self._look(), self._sigma()
         self.s = self.s + ds
         after = self._sigma()

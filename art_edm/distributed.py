@@ -27,7 +27,7 @@ from torch import distributed
 from .denoiser import NonFiniteOutput
 from .progress import Stopped
 
-__all__ = ["World", "resolve_device", "world"]
+__all__ = ["ALONE", "World", "resolve_device", "world"]
 
 _POLL = 0.02  # s
 _FAREWELL = 10.0  # s that the others leave process 0 to print before they end
@@ -50,6 +50,13 @@ class World:
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
+
+    def share(self, value: Any) -> Any:
+        """Process 0's value, on every one; anything that pickles."""
+        box = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(box, device=self.device)
+        return box[0]
 
     def check(self) -> None:
         """End this phase early if another process has failed; call it between pieces of work."""
@@ -84,6 +91,9 @@ class World:
                 if rank == self.rank and error is not None:
                     raise error
                 raise _KINDS.get(kind, RuntimeError)(text) from error
+
+
+ALONE = World()  # one process, on the CPU
 
 
 # What the command line shows as one line, the special cases first.

@@ -24,11 +24,14 @@ import torch
 
 from .clock import Clock
 from .denoiser import Denoiser
+from .distributed import ALONE, World
 from .field import Surrogate, evaluate, rms, surrogate
 from .grid import Grid
 
 __all__ = ["Profile", "advance", "measure_along", "measure_profile", "place_points"]
 
+OnStep = Callable[[int], None]
+BATCH = 8  # few enough for several processes to have some, enough for a network to be busy
 FINE = 8192  # intervals of the quadratures; their cost is nothing
 TINY = 1e-30  # |Q| is exactly zero where an empirical posterior has settled on one image
 LOG_SHARE = 0.25  # share of the profile's points that is placed by log sigma
@@ -172,8 +175,8 @@ def _supported(denoiser: Denoiser, levels: np.ndarray) -> np.ndarray:
 
 
 def measure_profile(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = 64,
-    class_labels: Optional[torch.Tensor] = None, on_step: Optional[Callable[[int], None]] = None,
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
+    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
 ) -> Profile:
     """Travel M trajectories over P noise levels and measure |Q| at each: 3 M P evaluations.
 
@@ -182,16 +185,15 @@ def measure_profile(
         clock: base clock of the quadratures, and for three quarters of the points' placement.
         points: P, at least 2; noise levels from sigma_max to the denoiser's sigma_min. A model of discrete
             levels is measured at those, each once.
+        batch: images per evaluation. The processes share out whole batches, so that their number changes no rounding.
         on_step: called with the number of images evaluated so far.
+        world: processes that share the trajectories; each gets all of the profile.
     Raises:
         NonFiniteOutput: the denoiser returned NaN or infinity; the message names the noise level.
     """
-    began, start = time.perf_counter(), denoiser.evaluations
     levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
-    rows = []
-    for part in range(0, len(latents), batch):
-        x = denoiser.initial(latents[part : part + batch], clock.sigma_max)  # [b, C, H, W]
-        labels = None if class_labels is None else class_labels[part : part + batch]
+
+    def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
         columns = []
         for k, level in enumerate(levels):
             sigma = x.new_full((len(x),), level)
@@ -199,16 +201,17 @@ def measure_profile(
             columns.append(point.norm)
             if k + 1 < len(levels):
                 x = advance(x, point, sigma, x.new_full((len(x),), levels[k + 1]))
-            if on_step:
-                on_step(denoiser.evaluations - start)
-        rows.append(torch.stack(columns, dim=1))  # [b, P]
-    norm = torch.cat(rows).cpu().numpy()
-    return Profile(clock, levels, norm, denoiser.evaluations - start, time.perf_counter() - began)
+            tell()
+        return torch.stack(columns, dim=1)  # [b, P]
+
+    began = time.perf_counter()
+    norm, evaluations = _travel(denoiser, latents, clock, norms, len(levels), batch, class_labels, on_step, world)
+    return Profile(clock, levels, norm, evaluations, time.perf_counter() - began)
 
 
 def measure_along(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = 64,
-    class_labels: Optional[torch.Tensor] = None, on_step: Optional[Callable[[int], None]] = None,
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
+    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
 ) -> Profile:
     """As `measure_profile`, from M P evaluations: D is differenced from one level of the trajectory to the next.
 
@@ -217,12 +220,9 @@ def measure_along(
     on to the next level. The two ends are extrapolated, linearly in log-log; where |Q| is zero, or there is one
     interval alone, they are held constant.
     """
-    began, start = time.perf_counter(), denoiser.evaluations
     levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
-    rows = []
-    for part in range(0, len(latents), batch):
-        x = denoiser.initial(latents[part : part + batch], clock.sigma_max)  # [b, C, H, W]
-        labels = None if class_labels is None else class_labels[part : part + batch]
+
+    def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
         columns, slopes, before = [], [torch.zeros_like(x)], None
         for k, level in enumerate(levels):
             denoised = evaluate(denoiser, x, level, labels)
@@ -233,11 +233,35 @@ def measure_along(
                 sigma, target = x.new_full((len(x),), level), x.new_full((len(x),), levels[k + 1])
                 x = advance(x, Surrogate(denoised, _ahead(slopes, levels, k), None), sigma, target)
             before = denoised
-            if on_step:
-                on_step(denoiser.evaluations - start)
-        rows.append(torch.stack(columns, dim=1))  # [b, P - 1]
-    sigma, norm = _with_ends(levels, torch.cat(rows).cpu().numpy())
-    return Profile(clock, sigma, norm, denoiser.evaluations - start, time.perf_counter() - began)
+            tell()
+        return torch.stack(columns, dim=1)  # [b, P - 1]
+
+    began = time.perf_counter()
+    norm, evaluations = _travel(denoiser, latents, clock, norms, len(levels) - 1, batch, class_labels, on_step, world)
+    return Profile(clock, *_with_ends(levels, norm), evaluations, time.perf_counter() - began)
+
+
+def _travel(
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, norms: Callable[..., torch.Tensor], width: int, batch: int,
+    class_labels: Optional[torch.Tensor], on_step: Optional[OnStep], world: World,
+) -> Tuple[np.ndarray, int]:
+    """|Q| [M, width] by `norms` of each batch, each process on its share of the latents, and all evaluations."""
+    start, count = denoiser.evaluations, len(latents)
+    full = torch.zeros(count + 1, width, dtype=torch.float64)  # the last row counts evaluations
+
+    def tell() -> None:
+        world.check()
+        if on_step:
+            on_step(denoiser.evaluations - start)
+
+    with world.phase():
+        for a in range(world.rank * batch, count, world.size * batch):
+            b = min(a + batch, count)
+            labels = None if class_labels is None else class_labels[a:b]
+            full[a:b] = norms(denoiser.initial(latents[a:b], clock.sigma_max), labels, tell).cpu()
+    full[-1, 0] = denoiser.evaluations - start
+    full = world.sum(full.to(world.device)).cpu().numpy()
+    return full[:-1], int(full[-1, 0])
 
 
 def _ahead(slopes: List[torch.Tensor], levels: np.ndarray, k: int) -> torch.Tensor:

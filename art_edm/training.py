@@ -28,6 +28,7 @@ from .config import PRESETS, TrainConfig, live
 from .control import CachedEnvironment, Environment, LiveEnvironment, RolloutSettings, rollout
 from .denoiser import Denoiser
 from .distill import LearnedClock, distill
+from .distributed import ALONE, World
 from .field import NonFiniteOutput, choose_step
 from .optimizer import Adam, Sgd
 from .policy import Critic, Policy
@@ -54,7 +55,7 @@ class TrainResult:
 
 def train(
     denoiser: Denoiser, config: TrainConfig, identity: str = "", checkpoint: Optional[Path] = None,
-    resume: bool = False, quiet: bool = True,
+    resume: bool = False, quiet: bool = True, world: World = ALONE,
 ) -> TrainResult:
     """Learn the clock of `denoiser`.
 
@@ -62,6 +63,8 @@ def train(
         identity: what the denoiser is (name and hash); a checkpoint of another one is refused.
         checkpoint: file for the state, rewritten every few seconds; None keeps nothing.
         resume: continue from `checkpoint` where it exists.
+        world: processes that share the network's evaluations, all with the same arguments; process 0 learns from
+            cached trajectories, all from live ones, and each returns the same result.
     Raises:
         Stopped: Ctrl-C or SIGTERM; the state is saved.
         NonFiniteOutput: the denoiser failed at a noise level; what was learned so far is saved.
@@ -71,15 +74,15 @@ def train(
     if config.batch % config.repeats or (config.baseline and config.batch == 1):
         found = f"batch is {config.batch} with repeats = {config.repeats}, baseline = {config.baseline}"
         raise ValueError(f"{found}; expected a multiple of repeats, and at least 2 for a baseline")
-    run = _Run(denoiser, config, identity, checkpoint, quiet)
-    if resume and checkpoint is not None and checkpoint.exists():
-        run.restore()
+    run = _Run(denoiser, config, identity, checkpoint, quiet, world)
+    if resume and checkpoint is not None and world.share(checkpoint.exists()):
+        with world.phase():
+            run.restore()
     with GracefulStop() as stop:
         try:
             run.measure(stop)
             if config.method == "rl":
-                with _few_threads(config.rollout == "cached"):
-                    run.learn(stop)
+                run.learn(stop)
         except NonFiniteOutput as error:
             if run.save():
                 raise NonFiniteOutput(f"{error}. What was learned so far is in {checkpoint}") from None
@@ -102,9 +105,11 @@ class _Run:
     """One run: state, and the stages that change it."""
 
     def __init__(
-        self, denoiser: Denoiser, config: TrainConfig, identity: str, checkpoint: Optional[Path], quiet: bool
+        self, denoiser: Denoiser, config: TrainConfig, identity: str, checkpoint: Optional[Path], quiet: bool,
+        world: World = ALONE,
     ) -> None:
         self.denoiser, self.config, self.checkpoint, self.quiet = denoiser, config, checkpoint, quiet
+        self.world, self.live = world, config.rollout == "live"
         self.settings = {**asdict(config), "network": identity}
         self.state, self.last_save = State(gamma=config.multiplier), time.monotonic()
         sigma_data = config.clock_sigma_data or denoiser.sigma_data
@@ -143,13 +148,33 @@ class _Run:
 
         self.state.profile = measured(
             self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points,
-            class_labels=labels, on_step=on_step,
+            class_labels=labels, on_step=on_step, world=self.world,
         )
         progress.close()
         self.save()
 
     def learn(self, stop: GracefulStop) -> None:
-        """All rounds of actor-critic iterations."""
+        """All rounds: of live paths on all processes alike, else on process 0, which tells the others."""
+        with _few_threads(not self.live):
+            if self.live:
+                self._rounds(stop)
+                local = torch.tensor([float(self.state.evaluations)]).to(self.world.device)
+                self.state.evaluations = int(self.world.sum(local))
+            else:
+                with self.world.phase():
+                    if self.world.rank == 0:
+                        self._rounds(stop)
+                self.state = self.world.share(self.state)
+        self.save()
+
+    def _asked(self, stop: GracefulStop) -> bool:
+        """Whether to stop; where processes go in step, whether any of them is asked to."""
+        if not self.live:
+            return stop.requested
+        return bool(self.world.sum(torch.tensor([float(stop.requested)]).to(self.world.device)))
+
+    def _rounds(self, stop: GracefulStop) -> None:
+        """Actor-critic iterations, from wherever the state is."""
         config, state = self.config, self.state
         progress = Progress(config.iterations, "ART-RL", self.quiet, state.iteration)
         began, before = time.monotonic() - state.seconds, self.denoiser.evaluations - state.evaluations
@@ -166,13 +191,12 @@ class _Run:
                 state.seconds = time.monotonic() - began
                 state.evaluations = self.denoiser.evaluations - before
                 progress.update(state.iteration, f"terminal error {state.history[-1]['error']:+.3f}")
-                if stop.requested:
+                if self._asked(stop):
                     progress.close()
                     self._stop(f"after {state.iteration} of {config.iterations} iterations")
                 if time.monotonic() - self.last_save > SAVE_SECONDS:
                     self.save()
         progress.close()
-        self.save()
 
     def _begin_round(self, current: int) -> None:
         """Fresh actor and critic; from the second round on, in the clock learned by the one before."""
@@ -233,7 +257,7 @@ class _Run:
     def _environment(self) -> Environment:
         if self.config.rollout == "cached":
             return CachedEnvironment(self.state.profile, self._clock(), self._unit())
-        return LiveEnvironment(self.denoiser, self._clock(), self._unit(), self.config.euler)
+        return LiveEnvironment(self.denoiser, self._clock(), self._unit(), self.config.euler, self.world)
 
     def _rollout_settings(self) -> RolloutSettings:
         config, profile = self.config, self.state.profile
@@ -265,7 +289,7 @@ class _Run:
 
     def save(self) -> bool:
         """Write the checkpoint, if there is to be one."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or self.world.rank > 0:
             return False
         write_checkpoint(self.checkpoint, self.state, self.settings)
         self.last_save = time.monotonic()

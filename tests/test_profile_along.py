@@ -61,7 +61,7 @@ def test_schedules_and_optimum_against_the_oracle(name, monkeypatch):
     assert fine.state_optimum == pytest.approx(reference.state_optimum, rel=2e-3)
     assert fine.price == pytest.approx(reference.price, abs=2e-5)
     assert excess(measure_profile(model, z, clock, 64), reference) == pytest.approx(0, abs=1e-4)  # the oracle's own
-    # Twins: a path that goes on with the slope of the step before, and the difference's norm, without the division by sigma.
+    # Twins: the difference's norm without the division by sigma; a path that goes on with the slope of the step before.
     assert excess(Profile(clock, coarse.sigma, coarse.norm * coarse.sigma, 0, 0.0), reference) > 5e-2
     monkeypatch.setattr(profile_module, "_ahead", lambda slopes, levels, k: slopes[-1])
     lagging = measure_along(model, z, clock, 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import click
 
@@ -37,21 +37,6 @@ def destinations(out: Optional[str], name: str, steps: Tuple[int, ...]) -> Dict[
         message = f"{pattern} is one file for {len(steps)} grids; put {{steps}} into the name"
         raise click.BadParameter(message, param_hint="--out")
     return {k: check_grid_destination(Path(pattern.replace("{steps}", str(k)))) for k in steps}
-
-
-def pick_device(name: str) -> str:
-    """auto: CUDA if there is one, else the CPU."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        message = f"{name!r} cannot be used ({first}); expected auto, cpu or cuda"
-        raise click.BadParameter(message, param_hint="--device") from None
-    return name
 
 
 def configure(preset: str, given: Dict[str, Any]) -> Any:
@@ -112,53 +97,74 @@ def main(
     """
     from dataclasses import replace
 
+    from art_edm.distributed import world
     from art_edm.loading import load_network
     from art_edm.plots import check_plotting
 
-    began = time.perf_counter()
-    loaded = load_network(network, pick_device(device), gnet, guidance, class_idx, trust_pickle, quiet)
-    load_seconds = time.perf_counter() - began
-    paths = destinations(out, loaded.name, steps)
-    if plot:
-        check_plotting()
-    config = configure(preset, given)
-    if preset == "paper":  # the paper learns every number of steps by itself
-        for k, path in paths.items():
-            one(loaded, replace(config, train_steps=k), {k: path}, load_seconds, resume, plot, quiet)
-    else:
-        one(loaded, config, paths, load_seconds, resume, plot, quiet)
+    with world(device) as here:
+        with here.phase():  # everything that can fail early
+            began = time.perf_counter()
+            loaded = load_network(network, here.device, gnet, guidance, class_idx, trust_pickle, quiet)
+            load_seconds = time.perf_counter() - began
+            paths = destinations(out, loaded.name, steps)
+            if plot:
+                check_plotting()
+            config = configure(preset, given)
+        job = Job(loaded, load_seconds, resume, plot, quiet, here)
+        if preset == "paper":  # the paper learns every number of steps by itself
+            for k, path in paths.items():
+                one(job, replace(config, train_steps=k), {k: path})
+        else:
+            one(job, config, paths)
 
 
-def one(
-    network: Any, config: Any, paths: Dict[int, Path], load_seconds: float, resume: bool, plot: bool, quiet: bool
-) -> None:
+class Job(NamedTuple):
+    """What all runs of a command share."""
+
+    network: Any
+    load_seconds: float
+    resume: bool
+    plot: bool
+    quiet: bool
+    world: Any
+
+
+def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     """One run, its grids, and what it has to say."""
+    from art_edm.training import train
+
+    network, checkpoint = job.network, next(iter(paths.values())).with_suffix(".ckpt")
+    if job.resume and not checkpoint.exists() and not job.quiet:
+        click.echo(f"there is no {checkpoint} to resume from; starting at the beginning", err=True)
+    result = train(network.denoiser, config, network.identity, checkpoint, job.resume, job.quiet, job.world)
+    with job.world.phase():
+        if job.world.rank == 0:
+            finish(job, config, result, paths)
+            checkpoint.unlink(missing_ok=True)
+
+
+def finish(job: Job, config: Any, result: Any, paths: Dict[int, Path]) -> None:
+    """Write the grids and their sidecars and pictures, and show their scores."""
     from art_edm import report
     from art_edm.grid import save_grid
     from art_edm.plots import plot_run
     from art_edm.solvers import supported
-    from art_edm.training import train
 
-    checkpoint = next(iter(paths.values())).with_suffix(".ckpt")
-    if resume and not checkpoint.exists() and not quiet:
-        click.echo(f"there is no {checkpoint} to resume from; starting at the beginning", err=True)
-    result = train(network.denoiser, config, network.identity, checkpoint, resume, quiet)
-    began = time.perf_counter()
-    records = []
+    network, began, records = job.network, time.perf_counter(), []
     for k, path in paths.items():
         grid = supported(network.denoiser, result.learned.grid(k) if result.learned else result.profile.direct(k))
-        seconds = {"load": load_seconds, **result.seconds, "write": time.perf_counter() - began}
-        record = report.provenance(network, config, result, grid, seconds)
+        seconds = {"load": job.load_seconds, **result.seconds, "write": time.perf_counter() - began}
+        record = {**report.provenance(network, config, result, grid, seconds), "processes": job.world.size}
         write(save_grid, path, grid, record)
-        if plot:
+        if job.plot:
             shown = {**report.hand_made(network.denoiser, k), path.stem: grid}
             plot_run(path.with_suffix(".png"), f"{network.name}, K = {k}", shown, result.learned)
         records.append((path, record))
-    checkpoint.unlink(missing_ok=True)
-    if not quiet:
+    if not job.quiet:
         for path, record in records:
             click.echo("\n".join(report.table(record)))
-            click.echo(f"wrote {path} and {path.with_suffix('.json').name}" + (f" and {path.stem}.png" if plot else ""))
+            drawn = f" and {path.stem}.png" if job.plot else ""
+            click.echo(f"wrote {path} and {path.with_suffix('.json').name}{drawn}")
         click.echo(report.costs(records[-1][1], peak_memory()))
 
 
