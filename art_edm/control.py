@@ -91,8 +91,9 @@ class LiveEnvironment(Environment):
 
     def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
         noises = batch // repeats
-        shares = torch.arange(self.world.rank, noises, self.world.size).repeat(repeats, 1)
-        self.mine = (shares + noises * torch.arange(repeats)[:, None]).flatten().numpy()  # paths of this process
+        share = np.arange(self.world.rank, noises, self.world.size)[:, None]
+        self.mine = (share + noises * np.arange(repeats)).ravel()  # paths of this process, those of a noise together
+        self.repeats = repeats
         latents = torch.randn((noises, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
         labels = self.denoiser.draw_labels(noises, generator)
         self.labels = None if labels is None else labels[self.mine % noises]
@@ -106,8 +107,13 @@ class LiveEnvironment(Environment):
         return self.denoiser.round_sigma(torch.from_numpy(np.maximum(levels, self.denoiser.sigma_min)).to(self.x))
 
     def _look(self) -> Surrogate:
-        if self.point is None:
-            self.point = surrogate(self.denoiser, self.x, self._sigma(), self.labels)
+        if self.point is None:  # noise by noise, so that the number of processes changes no rounding
+            sigma, parts = self._sigma(), []
+            for a in range(0, len(self.x), self.repeats):
+                b = a + self.repeats
+                labels = None if self.labels is None else self.labels[a:b]
+                parts.append(surrogate(self.denoiser, self.x[a:b], sigma[a:b], labels))
+            self.point = Surrogate(*(torch.cat(each) for each in zip(*parts)))
         return self.point
 
     def weight(self) -> np.ndarray:

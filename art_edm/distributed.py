@@ -58,6 +58,14 @@ class World:
             distributed.broadcast_object_list(box, device=self.device)
         return box[0]
 
+    def leave(self) -> None:
+        """Process 0, which holds the store, stays until all have said that they need it no more (or died)."""
+        self._store.set(f"left/{self.rank}", "1")
+        end = time.monotonic() + _FAREWELL
+        keys = [f"left/{rank}" for rank in range(self.size)]
+        while self.rank == 0 and not self._store.check(keys) and time.monotonic() < end:
+            time.sleep(_POLL)
+
     def check(self) -> None:
         """End this phase early if another process has failed; call it between pieces of work."""
         if self.size > 1 and self._store.check([f"failed/{self._phases}"]):
@@ -143,7 +151,9 @@ def world(device: str = "auto") -> Iterator[World]:
             rank=rank, world_size=size,
         )
         yield here
+        here.leave()
     except BaseException:
+        here.leave()
         if rank > 0:
             _wait(printed)
         raise

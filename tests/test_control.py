@@ -132,7 +132,7 @@ def test_repeated_noises(profile):
     cached.reset(12, 3, generator())
     live = LiveEnvironment(anisotropic(), profile.clock, 1.0)
     live.reset(12, 3, generator())
-    for noise in (cached.offset, live.x.numpy()):
+    for noise in (cached.offset, live.x.numpy()[np.argsort(live.mine)]):
         assert len(noise) == 12 and (noise[:4] == noise[4:8]).all() and (noise[:4] == noise[8:]).all()
         assert len(np.unique(noise, axis=0)) == 4  # and not all alike
 
