@@ -1,13 +1,10 @@
 """Algorithm 1: learn the sampling clock of a denoiser. All mutable state of a run lives here.
 
-A run measures a profile (dense trajectories, also the oracle that scores it), then learns in one or
-more rounds. A round starts in a base clock with the policy at v = 1 and ends by distilling the last
-trajectories; the learned clock is the next round's base clock. Since ART does not depend on the
-coordinate of physical time, a round takes nothing away: it lets the actor begin again from where it
-got to, with small corrections left to make.
-
-Every iteration draws from a generator seeded by (seed, iteration), and a checkpoint holds everything
-else, so that a resumed run gives the bytes of an uninterrupted one.
+A run measures a profile (dense trajectories, also the oracle that scores it), then learns in rounds. A round starts
+in a base clock with the policy at v = 1 and ends by distilling the last trajectories; the learned clock is the next
+round's base clock. Since ART does not depend on the coordinate of physical time, a round takes nothing away: the
+actor begins again from where it got to. Every iteration draws from a generator seeded by (seed, iteration), and a
+checkpoint holds everything else, so that a resumed run gives the bytes of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -280,8 +277,6 @@ class _Run:
             seconds={"profile": profile.seconds, "rl": state.seconds},
             history=state.history,
         )
-
-    # -- checkpoint --------------------------------------------------------------------------------
 
     def _stop(self, where: str) -> None:
         saved = f"; saved in {self.checkpoint}, continue with --resume" if self.save() else ""
