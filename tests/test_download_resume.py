@@ -236,7 +236,9 @@ def test_silence_every_time(server, answer):
 def start(url):
     code = "import sys; from art_edm.download import download; print(download(sys.argv[1]))"
     command = [sys.executable, "-c", code, url]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    # A test run in the background ignores Ctrl-C, and its children would inherit that.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
