@@ -262,7 +262,7 @@ def test_a_discrete_network(nets):
 
 def test_vp_and_ve_ranges(nets):
     vp, ve = (load_network(str(nets / f"{name}.pkl")).denoiser for name in ("vp", "ve"))
-    assert vp.sigma_limits[0] == pytest.approx(math.expm1(0.5 * 19.9e-10 + 0.1e-5) ** 0.5, rel=2e-2)
+    assert vp.sigma_limits[0] == pytest.approx(math.expm1(0.5 * 19.9e-10 + 0.1e-5) ** 0.5, rel=5e-2)  # in float32
     assert vp.sigma_limits[1] == pytest.approx(152.17, abs=0.1) and vp.sigma_max == 80
     assert ve.sigma_limits == (0.02, 100) and ve.sigma_min == 0.02
     with pytest.raises(ValueError, match=r"starts at sigma = 101, above the model's sigma_max = 100"):
