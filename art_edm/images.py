@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .files import PathLike
 
@@ -285,5 +285,7 @@ def _check_png(blob: bytes) -> None:
 
 
 def _damaged(error: Exception, blob: bytes) -> str:
-    reason = " ".join(str(error).split())[:80] if blob else "it is empty"
+    foreign = isinstance(error, UnidentifiedImageError)  # whose text names an object in memory
+    reason = "no image format" if foreign else " ".join(str(error).split())[:80]
+    reason = reason if blob else "it is empty"
     return f"found no readable image ({reason}), expected a whole PNG; make it again"

@@ -26,6 +26,8 @@ from .unet import ScoreUNet
 __all__ = ["NetworkError", "Network", "bundled", "load_lenet", "load_network", "save_lenet", "save_network"]
 
 FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1"}
+EXPECTED = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
+SNAPSHOT = "of upstream's files give network-snapshot-*.pkl, not a training state"
 
 
 class NetworkError(ValueError):
@@ -85,16 +87,18 @@ def load_network(
     return Network(net, "mnist" if spec == "mnist" else path.stem, sha256_of(path))
 
 
-def _file(spec: str, quiet: bool) -> Path:
+def _file(spec: str, quiet: bool, option: str = "", expected: str = EXPECTED) -> Path:
     """The file that `spec` names, downloaded if it is an address."""
     if is_url(spec):
         return download(spec, quiet=quiet)
+    if "://" in spec:
+        expected = "http:// or https://; download it, and give its path"
+        raise NetworkError(f"{option}found the address {spec}, expected {expected}")
     path = Path(spec)
     if not path.is_file():
         looks_like_path = path.suffix or len(path.parts) > 1
         found = f"no file {path}" if looks_like_path else f"unknown network {spec!r}"
-        expected = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
-        raise NetworkError(f"{found}; expected {expected}")
+        raise NetworkError(f"{option}{found}; expected {expected}")
     return path
 
 
@@ -115,7 +119,7 @@ def _pickled(
     """A network pickle, guided if asked for, after one trial evaluation."""
     gnet, guidance, class_idx = options
     pickled = load_network_pickle(path, trust)
-    guide_path = None if gnet is None else _file(gnet, quiet)
+    guide_path = None if gnet is None else _file(gnet, quiet, "--gnet: ", "the path or address of a network pickle")
     guide = None if guide_path is None else load_network_pickle(guide_path, trust)
     nets = [item.net.to(device) for item in (pickled, guide) if item is not None]
     denoiser = NetworkDenoiser(*nets, guidance=guidance, class_idx=class_idx).eval().requires_grad_(False)
@@ -153,11 +157,12 @@ def _read(path: Path, kind: type) -> dict:
         content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for damaged files
         reason = "is truncated or not a weight file of art_edm" if blob else "is empty"
-        expected = "expected a weight file written by train_mnist.py"
+        expected = f"expected a weight file written by train_mnist.py; {SNAPSHOT}"
         raise NetworkError(f"{path} {reason} ({type(error).__name__}); {expected}") from None
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMATS[kind]:
-        raise NetworkError(f"{path} holds {found!r}, expected {FORMATS[kind]!r}; is it a file of train_mnist.py?")
+        expected = f"{FORMATS[kind]!r} as train_mnist.py writes it; {SNAPSHOT}"
+        raise NetworkError(f"{path} holds {found!r}, expected {expected}")
     return content
 
 

@@ -78,6 +78,8 @@ def load_reference(spec: str, quiet: bool = False) -> Reference:
         StatisticsError: missing, damaged or not statistics.
         DownloadError, DownloadRefused: of an address.
     """
+    if spec.startswith("mnist:"):
+        raise StatisticsError(f"found --ref={spec}, which is for gen and compare; make a file of it with fid.py ref")
     path = download(spec, quiet=quiet) if is_url(spec) else Path(spec)
     try:
         with open(path, "rb") as file:

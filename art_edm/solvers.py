@@ -22,7 +22,7 @@ import torch
 from .denoiser import Denoiser, NonFiniteOutput
 from .grid import Grid
 
-__all__ = ["SOLVERS", "euler_step", "heun_step", "nfe", "rk4_step", "sample", "supported"]
+__all__ = ["SOLVERS", "euler_step", "fitted", "heun_step", "nfe", "rk4_step", "sample", "supported"]
 
 # Slope(x [B, C, H, W], sigma []) -> dx/dsigma [B, C, H, W]
 Slope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -156,6 +156,17 @@ def supported(denoiser: Denoiser, grid: Grid) -> Grid:
             f"{levels[i]:.6g}, after rounding to those the model supports; use fewer steps"
         )
     return Grid(levels)
+
+
+def fitted(denoiser: Denoiser, grid: Grid) -> Grid:
+    """As `supported`, for a learned grid: a last level below the model's lowest is raised to that.
+
+    Raises a ValueError where two levels are below, as there are then more steps than the model has levels for.
+    """
+    values, low = grid.values.copy(), denoiser.sigma_limits[0]
+    if len(values) > 2 and values[-2] < low < values[-3]:
+        values[-2] = low
+    return supported(denoiser, Grid(values))
 
 
 def _step_of(solver: str) -> Step:

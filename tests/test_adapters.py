@@ -18,7 +18,7 @@ from art_edm.control import LiveEnvironment
 from art_edm.field import surrogate
 from art_edm.grid import Grid, edm
 from art_edm.profile import measure_profile
-from art_edm.solvers import sample, supported
+from art_edm.solvers import fitted, sample, supported
 
 STD = 0.4
 
@@ -260,6 +260,15 @@ def test_grids_are_rounded_and_duplicates_refused():
     assert grid != Grid([80.0, 3.0, 0.5, 0.0]) and supported(denoiser, grid) == grid
     with pytest.raises(ValueError, match=r"steps 1 and 2 \(sigma = 3 and 2.99\) are the same noise level.*use fewer"):
         supported(denoiser, Grid([80.0, 3.0, 2.99, 0.5, 0.0]))
+
+
+def test_a_learned_grid_ends_at_the_lowest_level_of_the_network():
+    denoiser = NetworkDenoiser(GaussianNet(sigma_min=0.02, sigma_max=100.0))
+    assert fitted(denoiser, Grid([80.0, 1.0, 0.01, 0.0])) == Grid([80.0, 1.0, 0.02, 0.0])
+    assert fitted(denoiser, Grid([80.0, 1.0, 0.03, 0.0])) == Grid([80.0, 1.0, 0.03, 0.0])
+    for values in ([80.0, 0.015, 0.01, 0.0], [80.0, 0.02, 0.01, 0.0], [101.0, 1.0, 0.0]):
+        with pytest.raises(ValueError, match="below the model's sigma_min|above the model's sigma_max"):
+            fitted(denoiser, Grid(values))
 
 
 # --- a network that cannot run -----------------------------------------------------------------------

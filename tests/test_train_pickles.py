@@ -200,3 +200,27 @@ def test_upstreams_guided_edm2_networks(tmp_path, monkeypatch):
     assert record["network"]["class_idx"] == 2
     assert list(record["network"]["sources"]) == ["edm2/training/networks_edm2.py"]
     assert load_grid("art_net5.npy").num_steps == 5
+
+
+def test_more_levels_than_the_network_has_write_nothing(run):
+    """The coarser grid would do; it is not written either, and what was learned is kept."""
+    pickled("net.pkl", 0.5, sigma_min=0.5, sigma_max=20.0)
+    common = ["--network=net.pkl", "--out=k{steps}.npy", *QUIET]
+    reason = "below the model's sigma_min = 0.5; use fewer steps; with --resume"
+    refused(run(*common, "--steps=5,900"), "K = 900", reason)
+    assert not list(Path().glob("k*.npy")) and Path("k5.ckpt").exists()
+    assert run(*common, "--steps=5", "--resume").exit_code == 0
+    assert load_grid("k5.npy").values[-2] == 0.5  # the last level, raised to the network's lowest
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--network=ftp://host/x.pkl"], "found the address ftp://host/x.pkl, expected http:// or https://"),
+    (["--network=net.pkl", "--gnet=mnist", "--guidance=2"], "--gnet: unknown network 'mnist'; expected the path or"),
+    (["--network=state.pt"], "give network-snapshot-*.pkl, not a training state"),
+])
+def test_what_is_no_network(run, arguments, text):
+    import torch
+
+    pickled("net.pkl", 0.5)
+    torch.save({"net": {"weight": torch.zeros(2)}, "optimizer_state": {}}, "state.pt")
+    refused(run(*arguments, *QUIET), text)

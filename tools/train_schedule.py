@@ -148,11 +148,17 @@ def finish(job: Job, config: Any, result: Any, paths: Dict[int, Path]) -> None:
     from art_edm import report
     from art_edm.grid import save_grid
     from art_edm.plots import plot_run
-    from art_edm.solvers import supported
+    from art_edm.solvers import fitted
 
-    network, began, records = job.network, time.perf_counter(), []
-    for k, path in paths.items():
-        grid = supported(network.denoiser, result.learned.grid(k) if result.learned else result.profile.direct(k))
+    network, began, records, grids = job.network, time.perf_counter(), [], {}
+    for k in paths:  # all before any is written
+        try:
+            grid = result.learned.grid(k) if result.learned else result.profile.direct(k)
+            grids[k] = fitted(network.denoiser, grid)
+        except ValueError as error:
+            reason = str(error).rsplit(";", 1)[0]
+            raise ValueError(f"K = {k}: {reason}; use fewer steps; with --resume what was learned is used") from None
+    for (k, path), grid in zip(paths.items(), grids.values()):
         seconds = {"load": job.load_seconds, **result.seconds, "write": time.perf_counter() - began}
         record = {**report.provenance(network, config, result, grid, seconds), "processes": job.world.size}
         write(save_grid, path, grid, record)
