@@ -155,7 +155,7 @@ def _show(notes: Sequence[str]) -> None:
               help="Rules and files: edm,dpm,uniform,F.npy,F{steps}.npy,NAME=F.npy.")
 @click.option("--steps", default="18", show_default=True, callback=_steps, metavar="LIST", help="Numbers of steps.")
 @click.option("--solver", "solvers", default="heun", show_default=True, callback=_several(tuple(SOLVERS)),
-              metavar="LIST", help="euler, heun, rk4.")
+              metavar="LIST", help=", ".join(SOLVERS) + ".")
 @click.option("--num", type=click.IntRange(2), default=50_000, show_default=True, metavar="N", help="Images per block.")
 @click.option("--blocks", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Seed blocks, for a standard error; block b has the images b N, b N + 1, ...")

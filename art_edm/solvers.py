@@ -5,8 +5,9 @@ Symbols
 x          state, [B, C, H, W] float64, as in EDM's sampler
 sigma      noise level at the start of a step; sigma_next at its end
 slope      dx/dsigma = (x - D(x; sigma)) / sigma, the drift (5) with its sign turned
+past       what a multistep solver keeps of its last steps, see `multistep`; () for the others
 K          number of steps of the grid
-NFE        evaluations of D per image: Euler K, Heun 2K - 1, RK4 4(K - 1) + 1
+NFE        evaluations of D per image: Euler and multistep solvers K, Heun 2K - 1, RK4 4(K - 1) + 1
 
 A solver receives a grid and never builds one. The step that ends at sigma = 0 is Euler's for every
 solver, as the slope has no value there; it is recognised by its value, never by its index.
@@ -14,39 +15,47 @@ solver, as the slope has no value there; it is recognised by its value, never by
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
 
-from .denoiser import Denoiser, NonFiniteOutput
+from .denoiser import Denoiser
+from .devices import FiniteCheck
 from .grid import Grid
+from .multistep import MULTISTEP, Past, Slope, Step
 
-__all__ = ["SOLVERS", "euler_step", "fitted", "heun_step", "nfe", "rk4_step", "sample", "supported"]
+__all__ = [
+    "OnStep", "Past", "SOLVERS", "Slope", "Step", "euler_step", "fitted", "heun_step", "integrate", "nfe", "rk4_step",
+    "sample", "slope_of", "supported",
+]
 
-# Slope(x [B, C, H, W], sigma []) -> dx/dsigma [B, C, H, W]
-Slope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Step = Callable[[Slope, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 OnStep = Callable[[int, float, torch.Tensor], None]
 
 # How far above the model's sigma_max a grid may start: EDM's rule returns 80 only up to rounding.
 SIGMA_MAX_SLACK = 1e-6
 
 
-def euler_step(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+def euler_step(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+) -> Tuple[torch.Tensor, Past]:
     """First order, one evaluation: x + h k1, h = sigma_next - sigma."""
-    return x + (sigma_next - sigma) * slope(x, sigma)
+    return x + (sigma_next - sigma) * slope(x, sigma), ()
 
 
-def heun_step(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+def heun_step(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+) -> Tuple[torch.Tensor, Past]:
     """Second order, two evaluations: x + h (k1 + k2) / 2; algorithm 1 of EDM (2206.00364)."""
     h = sigma_next - sigma
     k1 = slope(x, sigma)
     k2 = slope(x + h * k1, sigma_next)
-    return x + h * (0.5 * k1 + 0.5 * k2)
+    return x + h * (0.5 * k1 + 0.5 * k2), ()
 
 
-def rk4_step(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+def rk4_step(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+) -> Tuple[torch.Tensor, Past]:
     """Fourth order, four evaluations: the classical Runge-Kutta step in sigma, x + h (k1 + 2 k2 + 2 k3 + k4) / 6."""
     h = sigma_next - sigma
     middle = sigma + h / 2
@@ -54,11 +63,11 @@ def rk4_step(slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: tor
     k2 = slope(x + h / 2 * k1, middle)
     k3 = slope(x + h / 2 * k2, middle)
     k4 = slope(x + h * k3, sigma_next)
-    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), ()
 
 
-SOLVERS: Dict[str, Step] = {"euler": euler_step, "heun": heun_step, "rk4": rk4_step}
-_STAGES = {"euler": 1, "heun": 2, "rk4": 4}  # evaluations of a step that does not end at 0
+SOLVERS: Dict[str, Step] = {"euler": euler_step, "heun": heun_step, "rk4": rk4_step, **MULTISTEP}
+_STAGES = {"heun": 2, "rk4": 4}  # evaluations of a step that does not end at 0; 1 for the others
 
 
 def nfe(solver: str, num_steps: int) -> int:
@@ -66,7 +75,7 @@ def nfe(solver: str, num_steps: int) -> int:
     _step_of(solver)
     if num_steps < 1:
         raise ValueError(f"found num_steps = {num_steps}, expected at least 1")
-    return _STAGES[solver] * (num_steps - 1) + 1
+    return _STAGES.get(solver, 1) * (num_steps - 1) + 1
 
 
 @torch.no_grad()
@@ -91,7 +100,7 @@ def sample(
             model's sigma_max, or loses a step by rounding.
         NonFiniteOutput: the denoiser returned NaN or infinity.
     """
-    step = _step_of(solver)
+    _step_of(solver)
     if batch is not None and batch < 1:
         raise ValueError(f"found batch = {batch}, expected at least 1 image")
     if class_labels is not None and len(class_labels) != len(latents):
@@ -102,30 +111,51 @@ def sample(
     for start in range(0, max(len(latents), 1), size):
         labels = None if class_labels is None else class_labels[start:start + size]
         x = denoiser.initial(latents[start:start + size], float(sigma[0])).to(torch.float64)  # [b, C, H, W]
-        parts.append(_integrate(_slope(denoiser, labels), x, sigma, step, on_step))
+        check = FiniteCheck(x.device)
+        parts.append(integrate(slope_of(denoiser, labels, check), x, sigma, solver, on_step=on_step)[0])
+        check.settle()
     return torch.cat(parts)
 
 
-def _integrate(
-    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, step: Step, on_step: Optional[OnStep]
-) -> torch.Tensor:
-    """Follow dx/dsigma through the levels sigma [K + 1]; they need not end at 0."""
+def integrate(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, solver: Union[str, Step], past: Past = (),
+    on_step: Optional[OnStep] = None,
+) -> Tuple[torch.Tensor, Past]:
+    """Follow dx/dsigma through levels that need not end at 0; differentiable, `torch.no_grad` is the caller's.
+
+    Args:
+        slope: the field, as from `slope_of`.
+        x: state at the first level, [B, C, H, W] float64.
+        sigma: levels [n + 1], strictly descending; a step to 0 is Euler's, for every solver.
+        solver: a name in `SOLVERS`, or a step function.
+        past: what an earlier call with the same solver returned; () starts anew.
+        on_step: called as on_step(k, sigma_k, x) after step k = 1..n.
+    Returns:
+        (x at the last level, past): to be continued by another call from there, with the same result.
+    Raises:
+        ValueError: an unknown solver.
+    """
+    step = _step_of(solver) if isinstance(solver, str) else solver
     for k, level in enumerate(sigma.tolist()[1:], start=1):
         take = euler_step if level == 0 else step
-        x = take(slope, x, sigma[k - 1], sigma[k])
+        x, past = take(slope, x, sigma[k - 1], sigma[k], past)
         if on_step is not None:
             on_step(k, level, x)
-    return x
+    return x, past
 
 
-def _slope(denoiser: Denoiser, class_labels: Optional[torch.Tensor]) -> Slope:
+def slope_of(
+    denoiser: Denoiser, class_labels: Optional[torch.Tensor] = None, check: Optional[FiniteCheck] = None
+) -> Slope:
+    """dx/dsigma of a denoiser, for class_labels one-hot [B, label_dim] or None; float64 in and out.
+
+    What it returns raises NonFiniteOutput where the denoiser returned NaN or infinity: at once, or when the caller
+    settles the `check` it gave.
+    """
+    check = check or FiniteCheck(denoiser.device, deferred=False)
+
     def slope(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        denoised = denoiser(x, sigma, class_labels).to(torch.float64)
-        if not denoised.isfinite().all():
-            raise NonFiniteOutput(
-                f"the network returned NaN or infinity at sigma = {float(sigma):.6g}; expected finite images; "
-                "check the weight file, or its range of noise levels"
-            )
+        denoised = check.see(denoiser(x, sigma, class_labels).to(torch.float64), sigma)
         return (x - denoised) / sigma
 
     return slope

@@ -20,6 +20,9 @@ __all__ = ["FORMATS", "Row", "add_differences", "lines", "markdown", "measured",
 
 Row = Dict[str, Any]
 
+# Line styles of a plot, one for each solver.
+_LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)))
+
 
 class Column(NamedTuple):
     """Title, and what it shows of a row, "" where there is nothing."""
@@ -159,7 +162,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         axes.errorbar(
             [row["nfe"] for row in points], [row[key] for row in points],
             [row.get(f"{key}_stderr") or 0 for row in points],
-            color=f"C{names.index(name) % 10}", linestyle=("-", "--", ":")[solvers.index(solver) % 3], marker="o",
+            color=f"C{names.index(name) % 10}", linestyle=_LINES[solvers.index(solver) % len(_LINES)], marker="o",
             markersize=4, capsize=3, label=f"{name}, {solver}" if len(solvers) > 1 else name,
         )
     ticks = sorted({row["nfe"] for points in series.values() for row in points})

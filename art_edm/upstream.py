@@ -1,9 +1,10 @@
-"""What the patched generate.py (EDM) and generate_images.py (EDM2) call; light, it imports no other part of art_edm.
+"""What the patched generate.py (EDM) and generate_images.py (EDM2) call; light until a solver of ours is asked for.
 
 Symbols
 -------
-grid       the noise levels of a .npy, used as they are: `--schedule=FILE.npy`
-t_steps    noise levels of upstream's samplers, [K + 1], on their device and in their dtype
+grid         the noise levels of a .npy, used as they are: `--schedule=FILE.npy`
+grid_solver  a solver of `solvers.SOLVERS` to take that grid with, instead of upstream's own: `--solver=NAME`
+t_steps      noise levels of upstream's samplers, [K + 1], on their device and in their dtype
 
 Where no .npy is given, a patched script computes what the unpatched one computes, to the bit.
 """
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import click
 from click.core import ParameterSource
 
 from .grid import Grid, GridError, load_grid, resample
 
-__all__ = ["SIGMA_SLACK", "grid_levels", "schedule_option"]
+__all__ = ["GRID_SOLVERS", "SIGMA_SLACK", "grid_levels", "schedule_option", "solve"]
 
 # How far, relatively, a grid may leave the network's range: upstream's own rule returns its end points only
 # up to rounding.
@@ -30,6 +31,11 @@ _CONTRADICTING = {
     "discretization": "--disc", "scaling": "--scaling", "rho": "--rho", "sigma_min": "--sigma_min",
     "sigma_max": "--sigma_max",
 }
+
+# The names of `solvers.SOLVERS`, which would take torch and more to ask; and upstream's defaults of the options
+# that add noise, which only upstream's own samplers do.
+GRID_SOLVERS = ("euler", "heun", "rk4", "dpmpp2m", "ipndm2", "ipndm3", "ipndm")
+_STOCHASTIC = {"S_churn": 0, "S_min": 0, "S_max": float("inf"), "S_noise": 1}
 
 
 # --- in the samplers ---------------------------------------------------------------------------------
@@ -63,6 +69,38 @@ def grid_levels(
         levels[:-1] = net.round_sigma(levels[:-1]).to(levels)
     _check_distinct(grid, levels.tolist())
     return levels
+
+
+def solve(
+    grid_solver: str, grid: Any, denoise: Callable[[Any, Any], Any], noise: Any, t_steps: Any, S_churn: float = 0
+) -> Any:
+    """Sample by a solver of `solvers.SOLVERS`, in the precision of upstream's sampler.
+
+    Args:
+        grid_solver: its name.
+        grid: as a sampler was given it; None is an error.
+        denoise: D(x [B, C, H, W], sigma []), labels and guidance in it.
+        noise: unit normal, [B, C, H, W].
+        t_steps: the levels of `grid_levels`; the state has their dtype.
+        S_churn: as a sampler was given it; not 0 is an error.
+    Returns:
+        images [B, C, H, W], what upstream's sampler returns.
+    Raises:
+        GridError: no grid, or churn.
+        ValueError: an unknown solver.
+    """
+    from .solvers import integrate
+
+    if grid is None:
+        raise GridError(f"found grid_solver = {grid_solver!r} without a grid, which it needs; add grid or leave it out")
+    if S_churn > 0:
+        raise GridError(f"found S_churn = {S_churn:g} with grid_solver = {grid_solver!r}, which adds no noise; "
+                        "leave out one of them")
+
+    def slope(x: Any, sigma: Any) -> Any:
+        return (x - denoise(x, sigma).to(x.dtype)) / sigma
+
+    return integrate(slope, noise.to(t_steps.dtype) * t_steps[0], t_steps, grid_solver)[0]
 
 
 def _check_range(grid: Grid, net: Any) -> None:
@@ -137,7 +175,8 @@ class _ScheduleOption(click.Option):
 def schedule_option(command: click.Command) -> click.Command:
     """Decorator, above `@click.command()`: `--schedule=FILE.npy`, beside the values upstream has for it, if any.
 
-    The command's function then gets `grid` and its number of steps; without a .npy it gets what it got before.
+    With it, `--solver` takes the names of `GRID_SOLVERS` too. The command's function then gets `grid`, its number
+    of steps and, for a solver that upstream lacks, `grid_solver`; without a .npy it gets what it got before.
     """
     old = next((p for p in command.params if p.name == "schedule"), None)
     names = list(getattr(old.type, "choices", ())) if old else []
@@ -146,22 +185,42 @@ def schedule_option(command: click.Command) -> click.Command:
         help="Noise levels from FILE.npy, in as many steps as it has, or resampled to --steps"
         + (f". Or: {old.help}" if old and old.help else ""),
     )
-    if old:
-        command.params[command.params.index(old)] = option
-    else:
-        command.params.append(option)
-    command.callback = _with_grid(command.callback, keep_schedule=bool(old))
+    _put(command, old, option)
+    command.callback = _with_grid(command.callback, bool(old), _solver_option(command))
     return command
 
 
-def _with_grid(callback: Callable[..., Any], keep_schedule: bool) -> Callable[..., Any]:
-    """`callback` with `schedule` turned into `grid` and `num_steps`."""
+def _put(command: click.Command, old: Optional[click.Parameter], new: click.Parameter) -> None:
+    """Add an option, in the place of the one it replaces."""
+    if old:
+        command.params[command.params.index(old)] = new
+    else:
+        command.params.append(new)
+
+
+def _solver_option(command: click.Command) -> Sequence[str]:
+    """Let `--solver` name ours too; returns the names that are upstream's, () where it has no such option."""
+    old = next((p for p in command.params if p.name == "solver"), None)
+    theirs = list(getattr(old.type, "choices", ())) if old else []
+    names = [*theirs, *(name for name in GRID_SOLVERS if name not in theirs)]
+    ours = f"{', '.join(names[len(theirs):])}: on a grid of --schedule=FILE.npy only" if theirs else \
+        "Solver on a grid of --schedule=FILE.npy  [default: heun, this script's own]"
+    _put(command, old, click.Option(
+        ["--solver"], type=click.Choice(names), metavar="|".join(names),
+        help=f"{old.help}. {ours}" if old and old.help else ours,
+    ))
+    return theirs
+
+
+def _with_grid(callback: Callable[..., Any], keep_schedule: bool, theirs: Sequence[str]) -> Callable[..., Any]:
+    """`callback` with `schedule` turned into `grid` and `num_steps`, and a `solver` of ours into `grid_solver`."""
 
     @functools.wraps(callback)
     def call(*args: Any, **options: Any) -> Any:
         given = options.pop("schedule", None) or ()
         given = (given,) if isinstance(given, str) else given  # called from Python
         files = [value for value in given if isinstance(value, _File)]
+        options = _with_solver(options, theirs, bool(files))
         if not files:
             extra = {"schedule": given[-1] if given else None} if keep_schedule else {}
             return callback(*args, **options, **extra)
@@ -174,6 +233,21 @@ def _with_grid(callback: Callable[..., Any], keep_schedule: bool) -> Callable[..
             raise _Unusable(f"--schedule={files[0].path}: {error}") from None
 
     return call
+
+
+def _with_solver(options: Dict[str, Any], theirs: Sequence[str], on_grid: bool) -> Dict[str, Any]:
+    """The options with a `solver` that upstream lacks as `grid_solver`; usage errors for what does not go with it."""
+    solver = options.get("solver")
+    if not theirs:  # upstream's sampler is Heun's and has no name
+        options = {name: value for name, value in options.items() if name != "solver"}
+    if solver is None or solver in (theirs or ["heun"]):
+        return options
+    if not on_grid:
+        raise click.UsageError(f"found --solver={solver} without a grid; add --schedule=FILE.npy")
+    for name, default in _STOCHASTIC.items():
+        if options.get(name, default) != default:
+            raise click.UsageError(f"found --{name} with --solver={solver}, which adds no noise; leave out one of them")
+    return {**options, **({"solver": None} if theirs else {}), "grid_solver": solver}
 
 
 def _given(context: click.Context, name: str) -> bool:

@@ -212,7 +212,9 @@ def test_a_file_that_is_no_python_or_names_art_edm(run, script):
     refused(result, "no version")
     assert result.stdout.count("(line not found), insert:") == 5
     script.write_text(by_hand(ORIGINAL) + "# mine\n")
-    refused(run(script.parent), "it names art_edm already")
+    result = run(script.parent)
+    refused(result, "it names art_edm already", "git checkout generate")
+    assert "insert" not in result.output  # twice would be wrong
     refused(run(script.parent, "--revert"), "it names art_edm already", "remove the lines")
     assert run(script.parent, "--check").exit_code == 2 and script.read_text().endswith("# mine\n")
 

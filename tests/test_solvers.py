@@ -10,7 +10,7 @@ import torch
 
 from art_edm.denoiser import Denoiser, NonFiniteOutput
 from art_edm.grid import Grid, dpm_unpinned, edm, edm_unpinned, uniform
-from art_edm.solvers import SOLVERS, _integrate, euler_step, heun_step, nfe, rk4_step, sample
+from art_edm.solvers import SOLVERS, euler_step, heun_step, integrate, nfe, rk4_step, sample, slope_of
 
 
 class Gaussian(Denoiser):
@@ -38,14 +38,10 @@ class Rounding(Gaussian):
         return torch.as_tensor(sigma).to(torch.float32).round()
 
 
-def slope_of(model):
-    return lambda x, sigma: (x - model(x, sigma)) / sigma
-
-
 def segment_error(step, num_steps, start=4.0, end=0.5, variance=1.0):
     """Error after a uniform grid over a curved part of the path that does not end at 0."""
     levels = torch.linspace(start, end, num_steps + 1, dtype=torch.float64)
-    x = _integrate(slope_of(Gaussian(variance)), torch.ones(1, 1, 1, 1, dtype=torch.float64), levels, step, None)
+    x, _ = integrate(slope_of(Gaussian(variance)), torch.ones(1, 1, 1, 1, dtype=torch.float64), levels, step)
     return abs(float(x) - math.sqrt((variance + end**2) / (variance + start**2)))
 
 
@@ -55,16 +51,16 @@ def fitted_order(step):
     return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
 
 
-def skewed_heun(slope, x, sigma, sigma_next):
+def skewed_heun(slope, x, sigma, sigma_next, past):
     h, k1 = sigma_next - sigma, slope(x, sigma)
-    return x + h * (0.25 * k1 + 0.75 * slope(x + h * k1, sigma_next))
+    return x + h * (0.25 * k1 + 0.75 * slope(x + h * k1, sigma_next)), past
 
 
-def equal_weights_rk4(slope, x, sigma, sigma_next):
+def equal_weights_rk4(slope, x, sigma, sigma_next, past):
     h, k1 = sigma_next - sigma, slope(x, sigma)
     k2 = slope(x + h / 2 * k1, sigma + h / 2)
     k3 = slope(x + h / 2 * k2, sigma + h / 2)
-    return x + h * (k1 + k2 + k3 + slope(x + h * k3, sigma_next)) / 4
+    return x + h * (k1 + k2 + k3 + slope(x + h * k3, sigma_next)) / 4, past
 
 
 @pytest.mark.parametrize(("step", "order"), [(euler_step, 1), (heun_step, 2), (rk4_step, 4)])
@@ -121,6 +117,7 @@ def test_the_rows_are_not_those_of_the_pinned_edm_rule_or_of_heun():
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 18])
 @pytest.mark.parametrize(("solver", "cost"), [
     ("euler", lambda k: k), ("heun", lambda k: 2 * k - 1), ("rk4", lambda k: 4 * (k - 1) + 1),
+    ("dpmpp2m", lambda k: k), ("ipndm2", lambda k: k), ("ipndm3", lambda k: k), ("ipndm", lambda k: k),
 ])
 def test_cost_is_exact(solver, cost, num_steps):
     model = Gaussian(shape=(2, 3, 3))
@@ -129,9 +126,10 @@ def test_cost_is_exact(solver, cost, num_steps):
 
 
 def test_only_a_step_to_zero_is_eulers():
-    for step, stages in zip(SOLVERS.values(), (1, 2, 4)):
+    assert list(SOLVERS) == ["euler", "heun", "rk4", "dpmpp2m", "ipndm2", "ipndm3", "ipndm"]
+    for solver, stages in zip(SOLVERS, (1, 2, 4, 1, 1, 1, 1)):
         model, x = Gaussian(), torch.ones(1, 1, 1, 1, dtype=torch.float64)
-        _integrate(slope_of(model), x, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), step, None)
+        integrate(slope_of(model), x, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), solver)
         assert model.evaluations == 2 * stages  # by its index, the last step would cost 1
 
 
@@ -196,7 +194,7 @@ def test_a_grid_above_the_model_is_refused():
 
 def test_bad_arguments():
     model, z, grid = Gaussian(), torch.ones(2, 1, 1, 1), uniform(3, 80)
-    with pytest.raises(ValueError, match="found solver 'dopri', expected one of euler, heun, rk4"):
+    with pytest.raises(ValueError, match="found solver 'dopri', expected one of euler, heun, rk4, dpmpp2m, ipndm2,"):
         sample(model, z, grid, "dopri")
     with pytest.raises(ValueError, match="found 3 class labels for 2 latents"):
         sample(model, z, grid, class_labels=torch.eye(3))
@@ -214,5 +212,5 @@ def test_nan_from_the_model_is_an_error():
         def denoise(self, x, sigma, class_labels):
             return super().denoise(x, sigma, class_labels) * (math.nan if sigma[0] < 50 else 1)
 
-    with pytest.raises(NonFiniteOutput, match="sigma = 40;"):
+    with pytest.raises(NonFiniteOutput, match="sigma = 40 for 1 of 1 images;"):
         sample(Broken(), torch.ones(1, 1, 1, 1), uniform(4, 80), "euler")

@@ -26,11 +26,13 @@ def program(names=(), seen=None):
             grid_levels(options["grid"], Network(), torch.zeros([], dtype=torch.float64))
 
     choices = [click.Option(["--schedule"], type=click.Choice(list(names)), help="Pick a curve.")] if names else []
-    ablations = [click.Option(["--disc", "discretization"]), click.Option(["--scaling"])] if names else []
+    solver = click.Option(["--solver"], type=click.Choice(["euler", "heun"]), help="Pick a step.")
+    ablations = [click.Option(["--disc", "discretization"]), click.Option(["--scaling"]), solver] if names else []
     return schedule_option(click.Command("main", callback=main, params=[
         click.Option(["--network"], required=True), click.Option(["--steps", "num_steps"], type=int, default=18),
         click.Option(["--rho"], type=float, default=7), click.Option(["--sigma_min"], type=float),
-        click.Option(["--sigma_max"], type=float), click.Option(["--solver"]), *ablations, *choices,
+        click.Option(["--sigma_max"], type=float), click.Option(["--S_churn", "S_churn"], type=float, default=0),
+        click.Option(["--S_noise", "S_noise"], type=float, default=1), *ablations, *choices,
     ]))
 
 
@@ -70,8 +72,8 @@ def run(tmp_path, monkeypatch):
 @BOTH
 def test_without_a_grid_the_function_gets_what_it_got(run, names):
     result, seen = run(names, "--steps=5", "--rho=3")
-    plain = dict(network="absent.pkl", num_steps=5, rho=3.0, sigma_min=None, sigma_max=None, solver=None)
-    ablations = dict(discretization=None, scaling=None, schedule=None) if names else {}
+    plain = dict(network="absent.pkl", num_steps=5, rho=3.0, sigma_min=None, sigma_max=None, S_churn=0, S_noise=1)
+    ablations = dict(discretization=None, scaling=None, schedule=None, solver=None) if names else {}
     assert result.exit_code == 0 and seen == {**plain, **ablations}  # no `grid` at all
 
 
@@ -87,10 +89,10 @@ def test_upstreams_own_values_are_passed_on(run):
 
 @BOTH
 def test_a_grid_brings_its_number_of_steps(run, names):
-    result, seen = run(names, "--schedule=a9.npy", "--solver=euler")
+    result, seen = run(names, "--schedule=a9.npy", "--S_churn=3")
     assert result.exit_code == 0 and result.output == ""
-    assert seen["grid"] == edm(9, 0.002, 80) and seen["num_steps"] == 9 and seen["solver"] == "euler"
-    assert "schedule" not in seen
+    assert seen["grid"] == edm(9, 0.002, 80) and seen["num_steps"] == 9 and seen["S_churn"] == 3
+    assert "schedule" not in seen and "grid_solver" not in seen
     assert run(names, "--schedule", "name with spaces.npy")[1]["num_steps"] == 3
     assert run(names, default_map={"schedule": "a9.npy"})[1]["num_steps"] == 9
     assert run(names, "--steps=9", "--schedule=a9.npy")[0].output == ""

@@ -112,10 +112,14 @@ def read_script(path: Path, repo: str) -> Script:
 def change(script: Script, revert: bool) -> str:
     """Patch or revert a script, and say so; an unknown one stays as it is: returns what is wrong, prints the places."""
     if script.state == "unknown":
-        if not revert:
+        again, remedy = "", "insert the lines above by hand"
+        if b"art_edm" in script.data:
+            again = " (it names art_edm already: patched, then changed, or patched by another version of art_edm?)"
+            remedy = f"restore the original, as git checkout {script.path.name} does, and patch that"
+        elif not revert:
             describe_places(script)
-        again = " (it names art_edm already: patched, then changed?)" if b"art_edm" in script.data else ""
-        remedy = "remove the lines that art_edm marked by hand" if revert else "insert the lines above by hand"
+        if revert:
+            remedy = "remove the lines that art_edm marked by hand, or restore the original by git checkout"
         return f"{script.path} is no version of NVlabs' script known here{again}; it was left as it is: {remedy}"
     insertions = read_patch(ROOT / "patches" / script.version["patch"])
     if script.state == ("unpatched" if revert else "patched"):
