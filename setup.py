@@ -23,6 +23,7 @@ setup(
     install_requires=["torch>=2.0", "numpy", "click", "pillow", "scipy", "requests"],
     extras_require={
         "plot": ["matplotlib"],
+        "diffusers": ["diffusers>=0.30"],
         # scipy 1.18 lost the sqrtm that the Frechet distance is tested against
         "test": ["pytest", "hypothesis", "ruff", "matplotlib", "tqdm", "scipy<1.18"],
     },

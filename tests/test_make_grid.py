@@ -79,7 +79,8 @@ def test_an_option_without_effect_is_not_silent(run):
 
 
 def test_help_has_pasteable_commands(run):
-    for args in ((), ("--help",), ("edm", "--help"), ("resample", "--help"), ("show", "--help")):
+    commands = ("edm", "resample", "show", "import", "export")
+    for args in ((), ("--help",), *((command, "--help") for command in commands)):
         result = run(*args)
         assert result.exit_code == 0 and "python tools/make_grid.py" in result.output
     assert "(not used by this rule)" in run("uniform", "--help").output

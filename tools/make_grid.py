@@ -1,4 +1,4 @@
-"""Make, resample and show noise-level grids: .npy files that any sampler here accepts."""
+"""Make, resample, show, import and export noise-level grids: .npy files that any sampler here accepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from art_edm.grid import (
     resample,
     save_grid,
 )
+from art_edm.interop import ENDS, check_list_destination, finish, list_file, list_text, read_list, write_list
 from art_edm.plots import check_plotting, plot_grid
+from art_edm.solvers import SOLVERS, nfe
 
 FILE = click.Path(path_type=Path)
 
@@ -32,7 +34,7 @@ FILE = click.Path(path_type=Path)
 @click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Make, resample and show noise-level grids.
+    """Make, resample, show, import and export noise-level grids.
 
     A grid is a .npy of K + 1 values, from sigma_max strictly down to 0. A .json of the same name says
     where it came from.
@@ -42,6 +44,8 @@ def main(context: click.Context) -> None:
       python tools/make_grid.py edm --steps=18 --out=edm-18.npy
       python tools/make_grid.py resample edm-18.npy --steps=9
       python tools/make_grid.py show edm-9.npy --plot
+      python tools/make_grid.py import "80, 5.1092, 1.584, .47, .002" --end=append --out=gits.npy
+      python tools/make_grid.py export edm-9.npy --out=sigmas.csv
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -175,6 +179,74 @@ def show_command(source: Path, plot: bool) -> None:
     click.echo(f"provenance: {note or (json.dumps(origin, indent=1) if origin else 'no sidecar')}")
     if picture:
         click.echo(f"wrote {picture}")
+
+
+@main.command("import")
+@click.argument("source", metavar="LIST")
+@click.option("--end", type=click.Choice(ENDS),
+              help="For a list that stops above 0: append 0, one step more, or replace the last level by 0.")
+@click.option("--out", type=FILE, required=True, metavar="FILE.npy", help="Where to write the grid.")
+def import_command(source: str, end: Optional[str], out: Path) -> None:
+    """A grid from a list of noise levels of another program.
+
+    LIST is the numbers themselves, or a text, .json or .csv file. The levels are taken as they are, never sorted.
+
+    Lists of GITS stop at sigma_min, as its samplers do. With --end=append the same steps are followed by one to 0;
+    with --end=replace the last step goes to 0 instead, at the published number of evaluations.
+
+    \b
+    Example:
+      python tools/make_grid.py import "80, 5.1092, 1.584, .47, .002" --end=replace --out=gits.npy
+    """
+    check_grid_destination(out)
+    levels, file = read_list(source), list_file(source)
+    try:
+        grid = finish(levels, end)
+    except GridError as error:
+        raise GridError(f"{file}: {error}" if file else str(error)) from None
+    last = float(levels[-1])
+    if end and not last:
+        click.echo(f"note: the list ends at 0 already; --end={end} changes nothing", err=True)
+    told = end if last else None
+    origin = {"source": file.name, "source_sha256": sha256_of(file)} if file else {"source": source[:1000]}
+    save(out, grid, {"rule": "import", "num_steps": grid.num_steps, "end": told, "last_level": last, **origin})
+    if told:
+        how = ("0 follows {}: one step more than the list has" if told == "append" else
+               "0 takes the place of {}: as many steps as the list has")
+        click.echo(how.format(f"{last:.6g}"))
+    click.echo(f"evaluations per image: {evaluations(grid.num_steps)}")
+
+
+def evaluations(num_steps: int) -> str:
+    """The cost of a grid under each solver, those of one cost together: "4 (euler, ipndm), 7 (heun)"."""
+    names: Dict[int, List[str]] = {}
+    for solver in SOLVERS:
+        names.setdefault(nfe(solver, num_steps), []).append(solver)
+    return ", ".join(f"{count} ({', '.join(solvers)})" for count, solvers in names.items())
+
+
+@main.command("export")
+@click.argument("source", type=FILE, metavar="FILE.npy")
+@click.option("--out", type=FILE, metavar="FILE", help="A .json, .csv or .txt; by default the list is printed.")
+def export_command(source: Path, out: Optional[Path]) -> None:
+    """A grid as a list for another program, to the last bit.
+
+    .json is a list, .csv has the columns step and sigma, .txt one level on a line.
+
+    \b
+    Example:
+      python tools/make_grid.py export edm-18.npy --out=sigmas.json
+    """
+    if out is None:
+        click.echo(list_text(load_grid(source), ".json"), nl=False)
+        return
+    check_list_destination(out)
+    grid = load_grid(source)
+    try:
+        write_list(out, grid)
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror or error}; any older file is as it was") from None
+    click.echo(f"wrote {out}: {describe(grid)}")
 
 
 def table(grid: Grid) -> List[str]:
