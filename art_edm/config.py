@@ -25,9 +25,10 @@ class TrainConfig:
     clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
     clock_sigma_data: Optional[float] = None  # of the Gaussian clock; None: the denoiser's own
     rounds: int = 2  # times to start again from the learned clock
-    iterations: int = 400  # over all rounds
-    batch: int = 256  # rollouts per iteration
+    iterations: int = 250  # over all rounds
+    batch: int = 192  # rollouts per iteration: each of the trajectories `repeats` times
     repeats: int = 8  # of which so many of each noise; their mean is the baseline
+    antithetic: bool = True  # half of them explore in the opposite direction
     train_steps: int = 128  # N, steps of a rollout; finer than the deployed K
     exploration: float = 0.25  # rho: relative noise of the policy at the optimum
     temperature: Optional[float] = None  # lambda of (11) in the units of |Q|; None: (rho c)^2
@@ -44,9 +45,10 @@ class TrainConfig:
     multiplier_rate: float = 0.3  # step of (30)
     actor_rate: float = 6e-3
     critic_rate: float = 1e-2
+    critic_stride: int = 8  # the critic learns at every so many steps in turn; all their values are used
     optimizer: str = "adam"  # adam; sgd: the plain steps of (29)
     decay: bool = True  # steps shrink linearly within a round
-    keep: int = 1024  # M of the distillation: the last trajectories averaged
+    keep: int = 9600  # M of the distillation: the last trajectories averaged, here of 50 iterations
 
 
 _DEFAULT = TrainConfig()
@@ -57,14 +59,14 @@ PRESETS: Dict[str, TrainConfig] = {
     # steps of (29) overflow within a few iterations in raw time on a network with sigma_max = 80.
     "paper": replace(
         _DEFAULT, preset="paper", rollout="live", clock="linear", rounds=1, iterations=5000, batch=1, repeats=1,
-        train_steps=18, temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False, simpson=False,
-        euler=True, sees="state", arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4, actor_rate=1e-3,
-        critic_rate=1e-3, decay=False, keep=100,
+        antithetic=False, train_steps=18, temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False,
+        simpson=False, euler=True, sees="state", arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4,
+        actor_rate=1e-3, critic_rate=1e-3, critic_stride=1, decay=False, keep=100,
     ),
 }
 
 
 def live(config: TrainConfig) -> TrainConfig:
     """`config` with the sizes that suit rollouts which cost evaluations: 3 (2 N + 1) per path and iteration."""
-    sizes = dict(batch=8, repeats=4, train_steps=48, iterations=100, actor_rate=1e-2, keep=256)
+    sizes = dict(batch=8, repeats=4, train_steps=48, iterations=100, actor_rate=1e-2, critic_stride=1, keep=256)
     return replace(config, rollout="live", **sizes)

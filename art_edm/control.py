@@ -67,10 +67,10 @@ class CachedEnvironment(Environment):
         self.offset = np.tile(rows, repeats) * (self.resolution + 1)
 
     def weight(self) -> np.ndarray:
-        position = np.clip(self.s * self.resolution, 0, self.resolution - 1e-6)
+        position = np.minimum(np.maximum(self.s * self.resolution, 0), self.resolution - 1e-6)  # np.clip is slower
         left = position.astype(np.int64)
         index = self.offset + left
-        return np.square(self.flat[index] + self.rise[index] * (position - left))
+        return np.square(self.flat.take(index) + self.rise.take(index) * (position - left))
 
     def move(self, ds: np.ndarray) -> None:
         self.s = self.s + ds
@@ -152,6 +152,7 @@ class RolloutSettings(NamedTuple):
     horizon: float  # length of the sampling clock
     simpson: bool  # weigh a step by Simpson's rule rather than by q where it starts
     repeats: int  # rollouts of each noise
+    antithetic: bool = False  # half of the repeats explore in the opposite direction
 
 
 class Trajectory(NamedTuple):
@@ -172,11 +173,14 @@ def rollout(
     Raises a FloatingPointError if the policy has diverged.
 
     Simpson's rule over the step sees what the start of the step hides: with the left endpoint alone the
-    policy learns to leap over the costly region from a cheap point before it.
+    policy learns to leap over the costly region from a cheap point before it. Antithetic rollouts go through the same
+    noise with opposite exploration: what is even in it, most of a return's noise near the optimum, cancels.
     """
     env.reset(batch, settings.repeats, generator)
     dtau = 1 / settings.num_steps
     noises = torch.randn((settings.num_steps, batch), generator=generator, dtype=torch.float64).numpy()
+    if settings.antithetic:
+        noises[:, batch // 2 :] = -noises[:, : batch // 2]
     mean_of = _mean_of(policy, settings.num_steps)
     rows: Dict[str, List[np.ndarray]] = {name: [] for name in ("action", "q", "cost")}
     path = [env.s]
@@ -210,7 +214,7 @@ def _mean_of(policy: Policy, num_steps: int) -> Callable[[int, np.ndarray, np.nd
     """The policy's mean as a function of step, s [B] and q [B]."""
     plan = policy.plan(num_steps)
     if plan is not None:
-        return lambda k, s, q: np.clip(1 - s, ALMOST, 1) * plan[k]  # a path may start with a step back
+        return lambda k, s, q: np.minimum(np.maximum(1 - s, ALMOST), 1) * plan[k]  # a path may start with a step back
 
     @torch.no_grad()
     def mean(k: int, s: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple, Optional, Union
+from typing import Callable, Iterator, NamedTuple, Optional, Union
 
 import torch
 
@@ -30,6 +30,7 @@ __all__ = [
 # is right for most; a network that sees its noise level through Fourier features of high frequency needs less.
 STEPS = (0.01, 0.003, 0.001)
 DIFFERENCE_STEP = STEPS[0]
+See = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # looks at what a denoiser returned, and passes it on
 AGREEMENT = 5e-3  # with the next smaller step: what is left of the error is a tenth of it
 
 
@@ -71,12 +72,13 @@ def _finite(values: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(
-    denoiser: Denoiser, x: torch.Tensor, sigma: float, class_labels: Optional[torch.Tensor] = None
+    denoiser: Denoiser, x: torch.Tensor, sigma: float, class_labels: Optional[torch.Tensor] = None,
+    see: Optional[See] = None,
 ) -> torch.Tensor:
-    """D(x; sigma) [B, C, H, W] in full precision; raises a NonFiniteOutput for NaN or infinity."""
-    level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    """D(x; sigma) [B, C, H, W] in full precision; raises a NonFiniteOutput for NaN or infinity unless `see` looks."""
+    level = x.new_full((), sigma)  # made on the device: a copy to it would wait
     with full_precision():
-        return _finite(denoiser(x, level, class_labels), level)
+        return (see or _finite)(denoiser(x, level, class_labels), level)
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def drift(
 @torch.no_grad()
 def surrogate(
     denoiser: Denoiser, x: torch.Tensor, sigma: Union[float, torch.Tensor],
-    class_labels: Optional[torch.Tensor] = None, step: Optional[float] = None,
+    class_labels: Optional[torch.Tensor] = None, step: Optional[float] = None, see: Optional[See] = None,
 ) -> Surrogate:
     """|Q|(x, psi), equation (8), by a central difference of D along the path.
 
@@ -113,6 +115,7 @@ def surrogate(
         x: [B, C, H, W].
         sigma: scalar or [B], positive.
         step: relative half-width of the difference; by default the denoiser's own.
+        see: looks for NaN and infinity; by default they are an error at once.
     Returns:
         `Surrogate`; |Q| in units of x per sigma^2. Three evaluations per image.
     Raises:
@@ -120,14 +123,15 @@ def surrogate(
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(x.shape[0])  # [B]
     s, step = sigma.reshape(-1, 1, 1, 1), step or denoiser.difference_step or DIFFERENCE_STEP
+    see = see or _finite
     with full_precision():
-        denoised = _finite(denoiser(x, sigma, class_labels), sigma)
+        denoised = see(denoiser(x, sigma, class_labels), sigma)
         above, below = denoiser.neighbours(sigma, step)  # [B] each
         tangent = (x - denoised) / s  # dx/dsigma
         pair = torch.cat([x + (level - sigma).reshape(-1, 1, 1, 1) * tangent for level in (above, below)])
         levels = torch.cat([above, below])
         labels = None if class_labels is None else torch.cat([class_labels, class_labels])
-        upper, lower = _finite(denoiser(pair, levels, labels), levels).chunk(2)
+        upper, lower = see(denoiser(pair, levels, labels), levels).chunk(2)
     slope = (upper - lower) / (above - below).reshape(-1, 1, 1, 1)
     return Surrogate(denoised, slope, rms(slope) / sigma)
 

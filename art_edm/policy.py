@@ -28,6 +28,7 @@ ALMOST = 1e-4  # what is at least left of a path, so that its speed stays positi
 CLOSE = 3e-3  # resolution of log(1 - s)
 WIDE = {2: 60.0}  # scale of the first layer's start, by its inputs: a function of time alone takes more detail
 WIDTH = {2: 192}  # and costs one evaluation for all paths
+TABLE = 1.0  # how much faster than the network's weights the table of the steps is learned
 
 
 def make_features(tau: Union[float, torch.Tensor], s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -74,6 +75,9 @@ class Policy(nn.Module):
     network's say away in the last step, which therefore ends at s = 1 as the last step of every grid
     does. This spares the actor the leap at the end that a base clock with small steps near sigma = 0
     would otherwise ask of it. Without `arrive`, mu = exp(net), and (30) alone makes paths arrive.
+
+    Where time is all that it sees, a number for each step is added to the network's output: |Q| of a trained
+    network wavers within a few steps (on MNIST, above sigma = 10), which the network is too smooth to follow.
     """
 
     def __init__(
@@ -82,6 +86,8 @@ class Policy(nn.Module):
         super().__init__()
         self.sees, self.arrive, inputs = sees, arrive, SEES[sees]
         self.net = _mlp(inputs, WIDTH.get(inputs, 48), generator)
+        has_table = sees == "time" and arrive is not None
+        self.table = nn.Parameter(torch.zeros(round(1 / arrive))) if has_table else None  # [N]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., B, 5], of one time along B -> mean [..., B]."""
@@ -89,6 +95,9 @@ class Policy(nn.Module):
         if self.sees == "time":
             seen = seen[..., :1, :]  # all B decisions are at the same time
         log_factor = self.net(seen).squeeze(-1)
+        if self.table is not None:
+            step = ((seen[..., 0] + 1) / 2 * len(self.table)).round().long()  # k = tau N
+            log_factor = log_factor + TABLE * self.table[step]
         if self.arrive is None:
             return log_factor.exp().expand(features.shape[:-1])
         time_left, left = (1 - features[..., 0]) / 2, (1 - features[..., 2]) / 2

@@ -24,6 +24,7 @@ import torch
 
 from .clock import Clock
 from .denoiser import Denoiser
+from .devices import FiniteCheck
 from .distributed import ALONE, World
 from .field import Surrogate, evaluate, rms, surrogate
 from .grid import Grid
@@ -194,14 +195,15 @@ def measure_profile(
     levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
 
     def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
-        columns = []
+        columns, check = [], FiniteCheck(x.device)
         for k, level in enumerate(levels):
             sigma = x.new_full((len(x),), level)
-            point = surrogate(denoiser, x, sigma, labels)
+            point = surrogate(denoiser, x, sigma, labels, see=check.see)
             columns.append(point.norm)
             if k + 1 < len(levels):
                 x = advance(x, point, sigma, x.new_full((len(x),), levels[k + 1]))
             tell()
+        check.settle()
         return torch.stack(columns, dim=1)  # [b, P]
 
     began = time.perf_counter()
@@ -223,9 +225,9 @@ def measure_along(
     levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
 
     def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
-        columns, slopes, before = [], [torch.zeros_like(x)], None
+        columns, slopes, before, check = [], [torch.zeros_like(x)], None, FiniteCheck(x.device)
         for k, level in enumerate(levels):
-            denoised = evaluate(denoiser, x, level, labels)
+            denoised = evaluate(denoiser, x, level, labels, check.see)
             if before is not None:
                 slopes = [*slopes[-1:], (denoised - before) / (level - levels[k - 1])]
                 columns.append(rms(slopes[-1]) / (level * levels[k - 1]) ** 0.5)
@@ -234,6 +236,7 @@ def measure_along(
                 x = advance(x, Surrogate(denoised, _ahead(slopes, levels, k), None), sigma, target)
             before = denoised
             tell()
+        check.settle()
         return torch.stack(columns, dim=1)  # [b, P - 1]
 
     began = time.perf_counter()

@@ -10,10 +10,9 @@ checkpoint holds everything else, so that a resumed run gives the bytes of an un
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -24,12 +23,13 @@ from .clock import Clock, ComposedClock, make_clock
 from .config import PRESETS, TrainConfig, live
 from .control import CachedEnvironment, Environment, LiveEnvironment, RolloutSettings, rollout
 from .denoiser import Denoiser
+from .devices import few_threads, profile_batch, with_back_off
 from .distill import LearnedClock, distill
 from .distributed import ALONE, World
 from .field import NonFiniteOutput, choose_step
 from .optimizer import Adam, Sgd
 from .policy import Critic, Policy
-from .profile import Profile, measure_along, measure_profile
+from .profile import BATCH, Profile, measure_along, measure_profile
 from .progress import GracefulStop, Progress, Stopped
 from .seeding import seeded_generator
 
@@ -87,17 +87,6 @@ def train(
     return run.result()
 
 
-@contextmanager
-def _few_threads(single: bool) -> Iterator[None]:
-    """One thread where all tensors are small: more cost time, and would make the bytes depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if single else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class _Run:
     """One run: state, and the stages that change it."""
 
@@ -143,16 +132,19 @@ class _Run:
                 progress.close()
                 self._stop("while measuring the profile")
 
-        self.state.profile = measured(
-            self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points,
-            class_labels=labels, on_step=on_step, world=self.world,
+        self.state.profile = with_back_off(
+            lambda batch: measured(
+                self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points, batch,
+                class_labels=labels, on_step=on_step, world=self.world,
+            ),
+            profile_batch(self.denoiser, config.trajectories, BATCH, self.world), self.denoiser.device,
         )
         progress.close()
         self.save()
 
     def learn(self, stop: GracefulStop) -> None:
         """All rounds: of live paths on all processes alike, else on process 0, which tells the others."""
-        with _few_threads(not self.live):
+        with few_threads(not self.live):
             if self.live:
                 self._rounds(stop)
                 local = torch.tensor([float(self.state.evaluations)]).to(self.world.device)
@@ -219,10 +211,13 @@ class _Run:
         policy, critic = state.parts["policy"], state.parts["critic"]
         path = rollout(env, policy, settings, config.batch, generator)
         reward = rewards(path, settings, state.gamma, config.penalty)
-        values = critic(path.features.float())  # [N, B]
-        advantage = advantages(temporal_differences(values.detach().double(), reward), config.trace)
+        features, stride = path.features.float(), config.critic_stride
+        seen = slice(state.iteration % stride, None, stride)  # the steps that the critic learns at now
+        with torch.no_grad():
+            values = critic(features)  # [N, B]
+        advantage = advantages(temporal_differences(values.double(), reward), config.trace)
         scale = config.train_steps if config.normalise else 1  # Adam does not care; it keeps losses comparable
-        losses = {"critic": critic_loss(values, advantage) / scale}
+        losses = {"critic": critic_loss(critic(features[seen]), advantage[seen]) / scale * stride}
         if config.baseline:
             advantage = centre(advantage, config.repeats)
             advantage = advantage / (advantage.std() + 1e-12)
@@ -261,7 +256,10 @@ class _Run:
         chosen = config.exploration**2 * profile.optimum / profile.horizon
         temperature = (chosen if config.temperature is None else config.temperature) / self._unit()
         horizon = 1.0 if config.normalise else profile.horizon
-        return RolloutSettings(config.train_steps, temperature, config.epsilon, horizon, config.simpson, config.repeats)
+        antithetic = config.antithetic and config.repeats % 2 == 0
+        return RolloutSettings(
+            config.train_steps, temperature, config.epsilon, horizon, config.simpson, config.repeats, antithetic
+        )
 
     def _paths(self) -> np.ndarray:
         return np.concatenate(self.state.paths, axis=1)[:, -self.config.keep :]

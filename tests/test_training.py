@@ -59,7 +59,7 @@ def test_same_seed_same_bytes(name, whole):
 def test_seeds_change_the_rollouts_and_not_the_profile_alone():
     """Here nothing but the rollouts' own noise depends on the seed: a live run in units of its own."""
     config = replace(LIVE, normalise=False, temperature=1e-4)
-    paths = [train(gaussian(), replace(config, seed=seed, iterations=1)).history[0]["error"] for seed in (0, 1, 2)]
+    paths = [train(gaussian(), replace(config, seed=seed, iterations=1)).history[0]["cost"] for seed in (0, 1, 2)]
     assert len(set(paths)) == 3
 
 
