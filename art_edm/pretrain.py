@@ -51,6 +51,7 @@ class ScoreConfig:
     ema_gamma: float = 16.97  # width of the average: 5 % of the training so far
     bfloat16: bool = True  # run the convolutions in bfloat16 (half the time where the CPU has it)
     seed: int = 0
+    start: str = ""  # SHA-256 of the weight file the training starts from; random weights without
 
 
 def stratified_sigma(batch: int, mean: float, std: float, generator: torch.Generator) -> torch.Tensor:
@@ -93,13 +94,17 @@ def _step(
     return float(loss.detach())
 
 
-def _parts(images: torch.Tensor, config: ScoreConfig, device: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+def _parts(
+    images: torch.Tensor, config: ScoreConfig, device: str, start: Optional[ScoreUNet]
+) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """What the network is built with, and all that a checkpoint holds the state of, by name."""
     torch.manual_seed(config.seed)
     std, mean = torch.std_mean(images)
     size = dict(img_resolution=images.shape[-1], img_channels=images.shape[1])
-    build = dict(size, sigma_data=float(std), data_mean=float(mean))
+    build = dict(size, sigma_data=float(std), data_mean=float(mean)) if start is None else dict(start.config)
     net, ema = (ScoreUNet(**build).to(device, memory_format=torch.channels_last) for _ in range(2))
+    if start is not None:
+        net.load_state_dict(start.state_dict())
     ema.load_state_dict(net.state_dict())
     fused = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)  # on the CPU only from there on
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=fused)
@@ -110,6 +115,7 @@ def _parts(images: torch.Tensor, config: ScoreConfig, device: str) -> Tuple[Dict
 def train_score(
     images: torch.Tensor, config: ScoreConfig, checkpoint: Path, resume: bool, device: str = "cpu",
     quiet: bool = False, save_every: int = 250, snapshot_every: Optional[int] = None,
+    start: Optional[ScoreUNet] = None,
 ) -> Dict[str, Any]:
     """Train the score network on images [N, C, H, W] in [-1, 1].
 
@@ -117,13 +123,14 @@ def train_score(
         checkpoint: file that holds all state, rewritten every `save_every` steps and on a stop.
         resume: continue from `checkpoint` if it exists.
         snapshot_every: keep the averaged weights of every so many steps beside the checkpoint.
+        start: the network to go on from, whose weight file `config.start` names; random weights without.
     Returns:
         dict with `ema` (the averaged network), `losses` (mean per `save_every` steps), `seconds`.
     Raises:
         Stopped: Ctrl-C or SIGTERM; the checkpoint is written.
         ValueError: the checkpoint is damaged, or of other settings or images.
     """
-    build, parts = _parts(images, config, device)
+    build, parts = _parts(images, config, device, start)
     net, ema, optimizer = parts.values()
     log: Dict[str, Any] = {"iteration": 0, "seconds": 0.0, "losses": [], "running": 0.0}
     if resume and checkpoint.exists():
@@ -162,7 +169,7 @@ def read_checkpoint(checkpoint: Path, config: ScoreConfig) -> Dict[str, Any]:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(type(state).__name__)
-        saved = {key: state["config"].get(key) for key in asdict(config)}
+        saved = {**asdict(ScoreConfig()), **state["config"]}
     except (*_DAMAGED, AttributeError, TypeError) as error:
         what = f"damaged or not a checkpoint of the score network ({type(error).__name__})"
         raise ValueError(f"{checkpoint} is {what}; remove it to start again") from None

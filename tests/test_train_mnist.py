@@ -107,6 +107,30 @@ def assert_refused(result, *parts):
         assert part in result.output
 
 
+# --- going on from earlier weights -------------------------------------------------------------------
+
+
+def test_start_goes_on_from_the_weights_of_a_folder(done, data, tmp_path):
+    """A rate of next to nothing leaves them as they are; an ordinary one does not."""
+    for name, rate in (("still", "1e-12"), ("moved", "2e-3")):
+        result = run(data, tmp_path / name, f"--start={done[1]}", f"--learning-rate={rate}")
+        assert result.exit_code == 0, result.output
+    folders = (done[1], tmp_path / "still", tmp_path / "moved")
+    old, still, moved = (load_network(str(folder / "mnist.pt")).denoiser.state_dict() for folder in folders)
+    largest = [max(float((new[key] - old[key]).abs().max()) for key in old) for new in (still, moved)]
+    assert largest[0] < 1e-6 < 1e-5 < largest[1]
+    assert (tmp_path / "moved" / "lenet.pt").read_bytes() == (done[1] / "lenet.pt").read_bytes()
+    card = json.loads((tmp_path / "moved" / "mnist.json").read_text())
+    assert card["start"]["sha256"] == sha256_of(done[1] / "mnist.pt") and card["start"]["card"]["iterations"] == 4
+    assert "--start=DIR" in card["command"] and str(done[1]) not in card["command"]
+
+
+def test_start_is_checked_before_any_work(data, done, tmp_path):
+    assert_refused(run(data, tmp_path / "a", f"--start={tmp_path}"), "mnist.pt")
+    again = run(data, shutil.copytree(done[1], tmp_path / "b"), f"--start={done[1]}", "--resume")
+    assert_refused(again, "score.ckpt", "start=")
+
+
 # --- results -----------------------------------------------------------------------------------------
 
 
@@ -123,8 +147,8 @@ def test_files(done):
 
 
 def test_card_says_what_was_done(card, done):
-    assert card["command"] == "python tools/train_mnist.py --iterations=4 --batch=4 --seed=0 --snapshots=2 " \
-        "--device=cpu --floor-samples=40 --floor-steps=2 --snapshot-samples=40"
+    assert card["command"] == "python tools/train_mnist.py --iterations=4 --batch=4 --learning-rate=0.002 --seed=0 " \
+        "--snapshots=2 --device=cpu --floor-samples=40 --floor-steps=2 --snapshot-samples=40"
     assert str(done[1].parent) not in (done[1] / "mnist.json").read_text()  # no folder of this computer
     assert (card["iterations"], card["batch"], card["seed"]) == (4, 4, 0)
     assert card["sha256"] == {name: sha256_of(done[1] / name) for name in ("mnist.pt", "lenet.pt")}

@@ -48,8 +48,10 @@ class Settings:
 
     data: Optional[str]
     out: Path
+    start: Optional[Path]
     iterations: int
     batch: int
+    learning_rate: float
     seed: int
     snapshots: int
     resume: bool
@@ -62,7 +64,8 @@ class Settings:
     @property
     def score(self) -> ScoreConfig:
         """Settings of the score network's training."""
-        return ScoreConfig(iterations=self.iterations, batch=self.batch, seed=self.seed)
+        start = "" if self.start is None else sha256_of(self.start / RESULTS[0])
+        return ScoreConfig(self.iterations, self.batch, self.learning_rate, seed=self.seed, start=start)
 
     @property
     def checkpoint(self) -> Path:
@@ -72,8 +75,9 @@ class Settings:
     @property
     def command(self) -> str:
         """The command that gives these results on any computer: all options but folders and how it is shown."""
-        options = {k: v for k, v in asdict(self).items() if k not in ("data", "out", "resume", "quiet")}
-        return " ".join(["python tools/train_mnist.py", *(f"--{k.replace('_', '-')}={v}" for k, v in options.items())])
+        options = {k: v for k, v in asdict(self).items() if k not in ("data", "out", "resume", "quiet", "start")}
+        words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+        return " ".join(["python tools/train_mnist.py", *([] if self.start is None else ["--start=DIR"]), *words])
 
 
 def count(option: str, default: int, text: str, least: int = 1, most: Optional[int] = None) -> Any:
@@ -86,8 +90,12 @@ def count(option: str, default: int, text: str, least: int = 1, most: Optional[i
 @click.option("--data", metavar="DIR", help="Folder with the four MNIST files; downloaded and kept by default.")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/mnist", show_default=True, metavar="DIR",
               help="Where checkpoints and results go; created if missing.")
+@click.option("--start", type=click.Path(path_type=Path), metavar="DIR",
+              help="Go on from the weights in DIR (mnist.pt), and judge by its LeNet; --iterations counts anew.")
 @count("--iterations", 20_000, "Training steps of the score network.")
 @count("--batch", 128, "Images per training step.")
+@click.option("--learning-rate", type=click.FloatRange(0, 1, min_open=True), default=2e-3, show_default=True,
+              metavar="X", help="Of the score network after warm-up; then linear to zero.")
 @count("--seed", 0, "Of weights, draws and samples.", least=0, most=2**32 - 1)
 @count("--snapshots", 2500, "Keep the averaged weights every N steps; 0 for none.", least=0)
 @count("--floor-samples", 10_000, "Samples for the LeNet-FID floor.", least=40)
@@ -126,6 +134,9 @@ def main(**options: Any) -> None:
 
 def check(settings: Settings) -> None:
     """Refuse, before any work, what cannot be used or written."""
+    if settings.start is not None:
+        load_network(str(settings.start / RESULTS[0]))
+        load_lenet(settings.start / RESULTS[1])
     if settings.snapshot_samples == 1:
         raise ValueError("found --snapshot-samples=1, expected 0 or at least 2; a covariance needs two samples")
     try:
@@ -151,9 +162,10 @@ def run(settings: Settings, images: Dict[str, Any], stop: GracefulStop) -> Dict[
     """All stages; returns the card."""
     weights, lenet_weights, card_path, sheet_path = (settings.out / name for name in RESULTS)
     lenet = obtain_lenet(settings, lenet_weights, *images["train"])
+    start = None if settings.start is None else load_network(str(settings.start / RESULTS[0])).denoiser
     trained = train_score(
         images["train"][0], settings.score, settings.checkpoint, settings.resume, settings.device, settings.quiet,
-        save_every(settings.snapshots), settings.snapshots or None,
+        save_every(settings.snapshots), settings.snapshots or None, start,
     )
     save_network(weights, trained["ema"])
     network = load_network(str(weights), settings.device).denoiser  # what is shipped is what is measured
@@ -164,7 +176,8 @@ def run(settings: Settings, images: Dict[str, Any], stop: GracefulStop) -> Dict[
     progress.close()
     losses = coarse(trained["losses"])
     card = {
-        "command": settings.command, "seed": settings.seed, "iterations": settings.iterations, "batch": settings.batch,
+        "command": settings.command, "start": origin(settings.start), "seed": settings.seed,
+        "iterations": settings.iterations, "batch": settings.batch,
         "parameters": sum(p.numel() for p in network.parameters()), "seconds": trained["seconds"],
         "final_loss": losses[-1], "losses": losses,
         "sigma_data": network.sigma_data, "data_mean": network.data_mean,
@@ -184,6 +197,17 @@ def save_every(snapshots: int) -> int:
     return max(n for n in range(1, 251) if snapshots % n == 0)
 
 
+def origin(start: Optional[Path]) -> Optional[Dict[str, Any]]:
+    """What the training started from, if not from random weights: the hash of the weights, and their card."""
+    if start is None:
+        return None
+    try:
+        card = json.loads((start / RESULTS[2]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        card = None
+    return {"sha256": sha256_of(start / RESULTS[0]), "card": card}
+
+
 def coarse(losses: List[float], parts: int = 20) -> List[float]:
     """The course of the loss in at most `parts` means of equally long stretches."""
     return [float(part.mean()) for part in np.array_split(losses, min(parts, len(losses)))]
@@ -191,7 +215,9 @@ def coarse(losses: List[float], parts: int = 20) -> List[float]:
 
 def obtain_lenet(settings: Settings, path: Path, images: torch.Tensor, labels: torch.Tensor) -> LeNet:
     """LeNet as read from its weight file, which is written first unless an earlier run did."""
-    if settings.resume and path.exists():
+    if settings.start is not None:
+        save_lenet(path, load_lenet(settings.start / RESULTS[1]))
+    if path.exists() and (settings.resume or settings.start is not None):
         try:
             return load_lenet(path)
         except NetworkError as error:
