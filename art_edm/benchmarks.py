@@ -22,9 +22,10 @@ from .clock import make_clock
 from .denoiser import Denoiser
 from .devices import peak_memory
 from .field import full_precision
-from .profile import Profile, measure_along, measure_profile
+from .profile import Profile
 from .seeding import seeded_generator
 from .training import PRESETS, TrainConfig, TrainResult, train
+from .trajectories import measure_along, measure_profile
 from .unet import ScoreUNet
 
 __all__ = ["budget", "costs", "layouts", "learned_score", "paper", "profile_memory", "profile_share",

@@ -19,7 +19,8 @@ class TrainConfig:
     rollout: str = "cached"  # cached: |Q| from the dense trajectories; live: the denoiser in every rollout
     preset: str = "default"  # where the other values came from
     seed: int = 0
-    trajectories: int = 24  # M, dense trajectories of the profile
+    trajectories: int = 24  # M, dense trajectories of the profile, at most
+    tolerance: float = 0.002  # a third of them will do where they leave J/J* no further off than this; 0: all
     points: int = 85  # P, noise levels on each
     shared: bool = True  # difference D from level to level, M P evaluations; False: about each level, 3 M P
     clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
@@ -58,10 +59,10 @@ PRESETS: Dict[str, TrainConfig] = {
     # Its number of steps is the deployed K (train_steps is set to it by the caller). Adam, because the plain
     # steps of (29) overflow within a few iterations in raw time on a network with sigma_max = 80.
     "paper": replace(
-        _DEFAULT, preset="paper", rollout="live", clock="linear", rounds=1, iterations=5000, batch=1, repeats=1,
-        antithetic=False, train_steps=18, temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0, baseline=False,
-        simpson=False, euler=True, sees="state", arrive=False, penalty=0.0, multiplier=0.0, multiplier_rate=1e-4,
-        actor_rate=1e-3, critic_rate=1e-3, critic_stride=1, decay=False, keep=100,
+        _DEFAULT, preset="paper", rollout="live", tolerance=0.0, clock="linear", rounds=1, iterations=5000, batch=1,
+        repeats=1, antithetic=False, train_steps=18, temperature=0.1, epsilon=1e-3, normalise=False, trace=0.0,
+        baseline=False, simpson=False, euler=True, sees="state", arrive=False, penalty=0.0, multiplier=0.0,
+        multiplier_rate=1e-4, actor_rate=1e-3, critic_rate=1e-3, critic_stride=1, decay=False, keep=100,
     ),
 }
 

@@ -22,7 +22,8 @@ from .denoiser import Denoiser, NonFiniteOutput
 from .distributed import ALONE, World
 from .field import Surrogate, surrogate
 from .policy import ALMOST, Policy, make_features, sample_action
-from .profile import Profile, advance
+from .profile import Profile
+from .trajectories import advance
 
 __all__ = ["CachedEnvironment", "Environment", "LiveEnvironment", "RolloutSettings", "Trajectory", "rollout"]
 

@@ -1,41 +1,33 @@
-"""Dense trajectories, the profile q(sigma) = E|Q|, and the exact optimum they give.
+"""The profile q(sigma) = E|Q| of dense trajectories, and the exact optimum it gives.
 
 The exact path through a noise does not depend on the clock that travels it, so |Q| measured once on
 M dense trajectories scores every schedule and every number of steps.
 
 Symbols
 -------
-root    sqrt(|Q| rate^2), the root of the cost in the base clock; [M, P] over trajectories and points
-q       mean of |Q| over trajectories, per sigma^2 and in units of x
+q       mean over trajectories of |Q|, the size of a local error of second order, per sigma^2 and in units of x
 c       (1/T) int sqrt(q) dpsi: at the optimum sqrt(q) theta = c, a constant
 J       int q theta^2 dt of a schedule; J* = c^2 T is the least of all schedules
 J*_x    E[(int sqrt|Q_x| dpsi)^2] / T: the least of all schedules that may depend on the sample
 price   J*_x / J*, the price of distillation: 1 where the state does not matter
+
+For a solver of order p the local error is C_p theta^(p + 1): |Q| is C_1, and with C_p in its place all of this
+holds with the power p + 1 for 2, its root for the square root, and J* = c^(p + 1) T.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
-from typing import Callable, List, Optional, Tuple
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from .clock import Clock
-from .denoiser import Denoiser
-from .devices import FiniteCheck
-from .distributed import ALONE, World
-from .field import Surrogate, evaluate, rms, surrogate
 from .grid import Grid
 
-__all__ = ["Profile", "advance", "measure_along", "measure_profile", "place_points"]
+__all__ = ["TINY", "Profile"]
 
-OnStep = Callable[[int], None]
-BATCH = 8  # few enough for several processes to have some, enough for a network to be busy
 FINE = 8192  # intervals of the quadratures; their cost is nothing
 TINY = 1e-30  # |Q| is exactly zero where an empirical posterior has settled on one image
-LOG_SHARE = 0.25  # share of the profile's points that is placed by log sigma
 
 
 @dataclass(frozen=True)
@@ -48,6 +40,7 @@ class Profile:
         norm: |Q|, [M, P]. Below the last level |Q| is held constant: what a network returns there is
             its own noise.
         evaluations, seconds: cost of measuring it.
+        order: p, where `norm` is C_p.
     """
 
     clock: Clock
@@ -55,6 +48,7 @@ class Profile:
     norm: np.ndarray
     evaluations: int
     seconds: float
+    order: int = 1
     _fine: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -82,32 +76,51 @@ class Profile:
             s = np.unique(np.concatenate([np.linspace(0, 1, FINE + 1), self.clock.fraction(low).clip(0, 1)]))
             sigma, dpsi = self.clock.sigma(s), self.clock.rate(s) * self.horizon  # dpsi / ds
             norms = self.norms(sigma)  # [M, n]
-            q = norms.mean(axis=0)
+            q, power = norms.mean(axis=0), 1 / (self.order + 1)
             self._fine.update(
-                s=s, q=q, root=_cumulative(np.sqrt(q) * dpsi, s), cost=_cumulative(q * dpsi, s),
-                roots=np.array([_cumulative(np.sqrt(row) * dpsi, s)[-1] for row in norms]),
+                s=s, q=q, root=_cumulative(q**power * dpsi, s), cost=_cumulative(q * dpsi, s),
+                roots=np.array([_cumulative(row**power * dpsi, s)[-1] for row in norms]),
             )
         return self._fine
 
     @property
     def root_integral(self) -> float:
-        """int sqrt(q) dpsi = c T."""
+        """int sqrt(q) dpsi = c T; of a higher order, int q^(1 / (p + 1)) dpsi."""
         return float(self._table()["root"][-1])
 
     @property
     def optimum(self) -> float:
         """J* = (int sqrt(q) dpsi)^2 / T."""
-        return self.root_integral**2 / self.horizon
+        return self.root_integral ** (self.order + 1) / self.horizon**self.order
 
     @property
     def state_optimum(self) -> float:
         """J*_x = E[(int sqrt|Q_x| dpsi)^2] / T."""
-        return float(np.square(self._table()["roots"]).mean()) / self.horizon
+        return float(np.power(self._table()["roots"], self.order + 1).mean()) / self.horizon**self.order
 
     @property
     def price(self) -> float:
         """J*_x / J*, in (0, 1]: what a clock that sees the sample could save at most."""
         return self.state_optimum / self.optimum
+
+    @property
+    def sampling_excess(self) -> float:
+        """How far, as J/J* - 1, the optimum of these M trajectories is expected from that of infinitely many.
+
+        The optimum of each half is scored on the other: both are off, by twice as much variance each, so four times
+        what all of them are off together. Infinite for fewer than four.
+        """
+        if len(self.norm) < 4:
+            return float("inf")
+        halves = [replace(self, norm=self.norm[i::2], _fine={}) for i in range(2)]
+        crossed = [b.cost(a.direct(FINE).values) / b.optimum - 1 for a, b in (halves, halves[::-1])]
+        return max(float(np.mean(crossed)), 0.0) / 4
+
+    def joined(self, other: "Profile") -> "Profile":
+        """The trajectories of both, which have the same levels."""
+        evaluations, seconds = self.evaluations + other.evaluations, self.seconds + other.seconds
+        norm = np.concatenate([self.norm, other.norm])
+        return replace(self, norm=norm, evaluations=evaluations, seconds=seconds, _fine={})
 
     def mean(self, sigma: np.ndarray) -> "tuple[np.ndarray, np.ndarray]":
         """q at noise levels [n] and its standard error over trajectories."""
@@ -124,7 +137,7 @@ class Profile:
         table = self._table()
         integral = np.diff(np.interp(self.clock.fraction(values), table["s"], table["cost"]))
         theta = -np.diff(values) * (len(values) - 1) / self.horizon
-        return float(np.sum(theta * integral))
+        return float(np.sum(theta**self.order * integral))
 
     def direct(self, num_steps: int) -> Grid:
         """The grid that equidistributes int sqrt(q): the optimum, without learning."""
@@ -137,152 +150,3 @@ class Profile:
 def _cumulative(values: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Trapezoidal integral from s[0] to each s."""
     return np.concatenate([[0.0], np.cumsum(np.diff(s) * (values[1:] + values[:-1]) / 2)])
-
-
-def advance(x: torch.Tensor, point: Surrogate, sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Follow the path from `sigma` to `target`, exactly where D is linear in sigma along it.
-
-    d(x / sigma)/dsigma = -D / sigma^2; with D = a + b sigma: x / sigma changes by a (1/target - 1/sigma)
-    - b log(target / sigma). The slope b is there already: it was measured for |Q|.
-
-    Args:
-        x: [B, C, H, W]; sigma, target: [B], positive.
-    Returns:
-        [B, C, H, W]; second-order accurate, no evaluation.
-    """
-    sigma, target = sigma.reshape(-1, 1, 1, 1), target.reshape(-1, 1, 1, 1)
-    ratio = target / sigma
-    base = point.denoised - point.slope * sigma
-    return ratio * x + base * (1 - ratio) - point.slope * target * ratio.log()
-
-
-def place_points(clock: Clock, sigma_min: float, points: int) -> np.ndarray:
-    """Noise levels [P] from sigma_max to sigma_min: equally spaced in a mix of the clock and of log sigma.
-
-    The clock alone is right for the data; log sigma sees what a network does at its lowest levels.
-    """
-    sigma = np.geomspace(clock.sigma_max, sigma_min, 4096)
-    s = clock.fraction(sigma)
-    mixed = (1 - LOG_SHARE) * s / s[-1] + LOG_SHARE * np.linspace(0, 1, len(sigma))
-    levels = np.exp(np.interp(np.linspace(0, 1, points), mixed, np.log(sigma)))
-    levels[0], levels[-1] = clock.sigma_max, sigma_min
-    return levels
-
-
-def _supported(denoiser: Denoiser, levels: np.ndarray) -> np.ndarray:
-    """The levels [P] rounded to those the denoiser supports, each once, still from high to low."""
-    rounded = denoiser.round_sigma(torch.from_numpy(levels)).cpu().numpy()
-    return np.unique(rounded)[::-1].copy()
-
-
-def measure_profile(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
-    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
-) -> Profile:
-    """Travel M trajectories over P noise levels and measure |Q| at each: 3 M P evaluations.
-
-    Args:
-        latents: unit normal noise, [M, C, H, W].
-        clock: base clock of the quadratures, and for three quarters of the points' placement.
-        points: P, at least 2; noise levels from sigma_max to the denoiser's sigma_min. A model of discrete
-            levels is measured at those, each once.
-        batch: images per evaluation. The processes share out whole batches, so that their number changes no rounding.
-        on_step: called with the number of images evaluated so far.
-        world: processes that share the trajectories; each gets all of the profile.
-    Raises:
-        NonFiniteOutput: the denoiser returned NaN or infinity; the message names the noise level.
-    """
-    levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
-
-    def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
-        columns, check = [], FiniteCheck(x.device)
-        for k, level in enumerate(levels):
-            sigma = x.new_full((len(x),), level)
-            point = surrogate(denoiser, x, sigma, labels, see=check.see)
-            columns.append(point.norm)
-            if k + 1 < len(levels):
-                x = advance(x, point, sigma, x.new_full((len(x),), levels[k + 1]))
-            tell()
-        check.settle()
-        return torch.stack(columns, dim=1)  # [b, P]
-
-    began = time.perf_counter()
-    norm, evaluations = _travel(denoiser, latents, clock, norms, len(levels), batch, class_labels, on_step, world)
-    return Profile(clock, levels, norm, evaluations, time.perf_counter() - began)
-
-
-def measure_along(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
-    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
-) -> Profile:
-    """As `measure_profile`, from M P evaluations: D is differenced from one level of the trajectory to the next.
-
-    The difference over an interval is the mean slope within it, which belongs to its geometric midpoint: exactly
-    so for the law sigma^-2 that slopes follow far above the data. The same differences, extrapolated, carry the path
-    on to the next level. The two ends are extrapolated, linearly in log-log; where |Q| is zero, or there is one
-    interval alone, they are held constant.
-    """
-    levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
-
-    def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
-        columns, slopes, before, check = [], [torch.zeros_like(x)], None, FiniteCheck(x.device)
-        for k, level in enumerate(levels):
-            denoised = evaluate(denoiser, x, level, labels, check.see)
-            if before is not None:
-                slopes = [*slopes[-1:], (denoised - before) / (level - levels[k - 1])]
-                columns.append(rms(slopes[-1]) / (level * levels[k - 1]) ** 0.5)
-            if k + 1 < len(levels):
-                sigma, target = x.new_full((len(x),), level), x.new_full((len(x),), levels[k + 1])
-                x = advance(x, Surrogate(denoised, _ahead(slopes, levels, k), None), sigma, target)
-            before = denoised
-            tell()
-        check.settle()
-        return torch.stack(columns, dim=1)  # [b, P - 1]
-
-    began = time.perf_counter()
-    norm, evaluations = _travel(denoiser, latents, clock, norms, len(levels) - 1, batch, class_labels, on_step, world)
-    return Profile(clock, *_with_ends(levels, norm), evaluations, time.perf_counter() - began)
-
-
-def _travel(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, norms: Callable[..., torch.Tensor], width: int, batch: int,
-    class_labels: Optional[torch.Tensor], on_step: Optional[OnStep], world: World,
-) -> Tuple[np.ndarray, int]:
-    """|Q| [M, width] by `norms` of each batch, each process on its share of the latents, and all evaluations."""
-    start, count = denoiser.evaluations, len(latents)
-    full = torch.zeros(count + 1, width, dtype=torch.float64)  # the last row counts evaluations
-
-    def tell() -> None:
-        world.check()
-        if on_step:
-            on_step(denoiser.evaluations - start)
-
-    with world.phase():
-        for a in range(world.rank * batch, count, world.size * batch):
-            b = min(a + batch, count)
-            labels = None if class_labels is None else class_labels[a:b]
-            full[a:b] = norms(denoiser.initial(latents[a:b], clock.sigma_max), labels, tell).cpu()
-    full[-1, 0] = denoiser.evaluations - start
-    full = world.sum(full.to(world.device)).cpu().numpy()
-    return full[:-1], int(full[-1, 0])
-
-
-def _ahead(slopes: List[torch.Tensor], levels: np.ndarray, k: int) -> torch.Tensor:
-    """dD/dsigma in the middle of the step from level k, on the line through those of the two steps before."""
-    if k < 2:  # the first of all slopes is none that was measured
-        return slopes[-1]
-    middle = (levels[k - 2 : k + 1] + levels[k - 1 : k + 2]) / 2  # of the steps k - 2, k - 1 and k
-    return slopes[-1] + (slopes[-1] - slopes[-2]) * ((middle[2] - middle[1]) / (middle[1] - middle[0]))
-
-
-def _with_ends(levels: np.ndarray, norm: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Geometric midpoints of the levels [P] and the two ends, and |Q| at them, [M, P + 1]."""
-    middle = np.sqrt(levels[1:] * levels[:-1])
-    mean = norm.mean(axis=0)
-    ends = []
-    for end, near, far in ((levels[0], 0, 1), (levels[-1], -1, -2)):
-        power = 0.0
-        if len(middle) > 1 and min(mean[near], mean[far]) > TINY:
-            power = np.log(mean[near] / mean[far]) / np.log(middle[near] / middle[far])
-        ends.append(norm[:, near] * (end / middle[near]) ** power)
-    return np.concatenate([levels[:1], middle, levels[-1:]]), np.column_stack([ends[0], norm, ends[1]])

@@ -23,15 +23,16 @@ from .clock import Clock, ComposedClock, make_clock
 from .config import PRESETS, TrainConfig, live
 from .control import CachedEnvironment, Environment, LiveEnvironment, RolloutSettings, rollout
 from .denoiser import Denoiser
-from .devices import few_threads, profile_batch, with_back_off
+from .devices import few_threads
 from .distill import LearnedClock, distill
 from .distributed import ALONE, World
 from .field import NonFiniteOutput, choose_step
 from .optimizer import Adam, Sgd
 from .policy import Critic, Policy
-from .profile import BATCH, Profile, measure_along, measure_profile
+from .profile import Profile
 from .progress import GracefulStop, Progress, Stopped
 from .seeding import seeded_generator
+from .trajectories import measure_enough
 
 __all__ = ["CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "live", "train"]
 
@@ -123,7 +124,7 @@ class _Run:
         generator = seeded_generator(config.seed, 1 << 30)  # iterations count up from 0
         latents = torch.randn((config.trajectories, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
         labels = self.denoiser.draw_labels(config.trajectories, generator)
-        cost, measured = (1, measure_along) if config.shared else (3, measure_profile)
+        cost = 1 if config.shared else 3
         progress = Progress(cost * config.trajectories * config.points, "profile, images", self.quiet)
 
         def on_step(done: int) -> None:
@@ -132,12 +133,9 @@ class _Run:
                 progress.close()
                 self._stop("while measuring the profile")
 
-        self.state.profile = with_back_off(
-            lambda batch: measured(
-                self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points, batch,
-                class_labels=labels, on_step=on_step, world=self.world,
-            ),
-            profile_batch(self.denoiser, config.trajectories, BATCH, self.world), self.denoiser.device,
+        self.state.profile = measure_enough(
+            self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points, labels, on_step,
+            self.world, config.shared, config.tolerance,
         )
         progress.close()
         self.save()

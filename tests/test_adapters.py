@@ -17,8 +17,8 @@ from art_edm.clock import make_clock
 from art_edm.control import LiveEnvironment
 from art_edm.field import surrogate
 from art_edm.grid import Grid, edm
-from art_edm.profile import measure_profile
 from art_edm.solvers import fitted, sample, supported
+from art_edm.trajectories import measure_profile
 
 STD = 0.4
 

@@ -17,8 +17,8 @@ from art_edm.evaluation import noise_and_labels
 from art_edm.field import choose_step, surrogate
 from art_edm.grid import Grid, edm, save_grid
 from art_edm.loading import load_network
-from art_edm.profile import measure_profile
 from art_edm.solvers import sample, supported
+from art_edm.trajectories import measure_profile
 
 LEVELS = (0.01, 0.1, 1.0, 10.0, 60.0)
 SMALL = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])

@@ -22,7 +22,7 @@ from art_edm.benchmarks_networks import SIZES, NoCheckout, Size, fill_zeros, ran
 from art_edm.benchmarks_report import BARS, _imports, start_up, table
 from art_edm.clock import GaussianClock, make_clock
 from art_edm.denoiser import Denoiser
-from art_edm.profile import measure_along
+from art_edm.trajectories import measure_along
 from art_edm.unet import ScoreUNet
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,8 @@ from art_edm.clock import EdmClock, GaussianClock, LinearClock
 from art_edm.control import CachedEnvironment, LiveEnvironment, RolloutSettings, Trajectory, rollout
 from art_edm.field import DIFFERENCE_STEP
 from art_edm.policy import Policy
-from art_edm.profile import Profile, measure_profile
+from art_edm.profile import Profile
+from art_edm.trajectories import measure_profile
 
 SHAPE = (1, 3, 3)
 BATCH = 6

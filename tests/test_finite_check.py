@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from art_edm import profile
+from art_edm import trajectories
 from art_edm.analytic import GaussianDenoiser
 from art_edm.clock import GaussianClock
 from art_edm.denoiser import NonFiniteOutput
@@ -114,11 +114,11 @@ def test_the_host_does_not_wait_within_a_path():
 
 @pytest.mark.parametrize("deferred, more", [(True, 0), (False, 6)])
 def test_a_profile_reads_as_often_whatever_its_points(deferred, more, monkeypatch):
-    monkeypatch.setattr(profile, "FiniteCheck", lambda device: FiniteCheck(device, deferred))
+    monkeypatch.setattr(trajectories, "FiniteCheck", lambda device: FiniteCheck(device, deferred))
     net, counts = GaussianDenoiser(0.0, 0.25, (1, 4, 4)), []
     latents = torch.ones(2, 1, 4, 4, dtype=torch.float64)
     for points in (6, 12):
         with Reads() as reads:
-            profile.measure_along(net, latents, GaussianClock(80.0, 0.5), points)
+            trajectories.measure_along(net, latents, GaussianClock(80.0, 0.5), points)
         counts.append(reads.count)
     assert counts[1] - counts[0] == more

@@ -12,22 +12,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "art_edm"
 LAYERS: Dict[int, str] = {
-    -1: "files progress seeding config transfer pickle_tree uncertainty optimizer",
-    0: "denoiser grid clock policy frechet pickles upstream_sources images download cells result",
-    1: "analytic unet features field adapters mnist pickled_tensors trusted_pickle distributed upstream",
-    2: "solvers profile pretrain pickled_data",
-    3: "checkpoint control evaluation network_pickle references",
-    4: "actor_critic distill loading",
-    5: "training detectors plots image_fields",
-    6: "cli feature_stats tables learned",
+    -1: "files progress seeding config transfer pickle_tree uncertainty optimizer lifelines descent benchmarks_report",
+    0: "denoiser grid clock policy frechet pickles upstream_sources images download cells result multistep",
+    1: "analytic unet features field adapters mnist pickled_tensors trusted_pickle distributed devices interop profile",
+    2: "solvers trajectories pretrain pickled_data",
+    3: "upstream checkpoint control evaluation network_pickle references sensitivity",
+    4: "actor_critic distill loading refine_state",
+    5: "training detectors plots image_fields refine benchmarks_networks",
+    6: "cli feature_stats tables learned benchmarks",
     7: "report tallies result_plots",
     8: "experiment grid_choice",
     9: "scores comparison",
     10: "fid_commands laboratory",
     11: "recipes latent_images",
-    12: "oned_table image_tables field_transfer",
-    13: "ablations",
-    14: "reproduction",
+    12: "oned_table image_cells field_transfer",
+    13: "image_tables",
+    14: "ablations",
+    15: "reproduction",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 ONLY = {"cli": {"denoiser", "progress"}}  # it must start quickly

@@ -45,7 +45,7 @@ def test_learns_from_a_wrong_base_clock(clock, factor):
     assert abs(result.terminal_error) < 0.02
     exact = GaussianClock(80.0, 0.5)
     assert relative_cost(result, exact) == pytest.approx(1, abs=1e-3)  # the oracle's own score
-    assert result.evaluations == {"step": 0, "profile": config.trajectories * config.points, "rl": 0}
+    assert result.evaluations == {"step": 0, "profile": 8 * config.points, "rl": 0}  # a third is enough
     assert len(result.history) == 300
     idle = train(model, replace(config, actor_rate=0.0, iterations=20))
     assert relative_cost(idle) > 1.3
@@ -131,4 +131,4 @@ def test_one_evaluation_per_point_finds_the_optimum_of_three():
 
     assert 0 <= loss() < 2e-4 and 0 <= loss(shared=False) < 2e-5
     assert loss(points=20) > 2e-3
-    assert train(gaussian(), config).evaluations["profile"] == 24 * 85
+    assert train(gaussian(), replace(config, tolerance=0.0)).evaluations["profile"] == 24 * 85

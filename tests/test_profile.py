@@ -13,7 +13,8 @@ from art_edm.analytic import GaussianDenoiser, one_dimensional
 from art_edm.clock import GaussianClock, LinearClock
 from art_edm.field import DIFFERENCE_STEP, Surrogate
 from art_edm.grid import Grid, edm, uniform
-from art_edm.profile import Profile, advance, measure_profile
+from art_edm.profile import Profile
+from art_edm.trajectories import advance, measure_profile
 
 SHAPE = (1, 3, 3)
 

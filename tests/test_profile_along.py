@@ -11,12 +11,13 @@ import torch
 from test_adapters import STD, DiscreteNet
 from test_profile import SHAPE, anisotropic, draw, exact_norm
 
-from art_edm import profile as profile_module
+from art_edm import trajectories as profile_module
 from art_edm.adapters import NetworkDenoiser
 from art_edm.analytic import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser, one_dimensional
 from art_edm.clock import GaussianClock
 from art_edm.denoiser import Denoiser, NonFiniteOutput
-from art_edm.profile import Profile, advance, measure_along, measure_profile, place_points
+from art_edm.profile import Profile
+from art_edm.trajectories import advance, measure_along, measure_profile, place_points
 
 CLOCK = GaussianClock(80.0, 0.5)
 

@@ -18,8 +18,9 @@ from art_edm.clock import GaussianClock, make_clock
 from art_edm.denoiser import Denoiser
 from art_edm.files import write_json
 from art_edm.loading import load_network
-from art_edm.profile import Profile, measure_profile
+from art_edm.profile import Profile
 from art_edm.training import PRESETS, TrainConfig, TrainResult, live, train
+from art_edm.trajectories import measure_profile
 
 ENDS = {"K": [2, 5, 10, 20, 50, 100]}
 

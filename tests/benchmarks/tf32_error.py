@@ -29,8 +29,9 @@ from art_edm.field import rms
 from art_edm.files import write_json
 from art_edm.grid import edm
 from art_edm.loading import load_network
-from art_edm.profile import Profile, measure_along, measure_profile
+from art_edm.profile import Profile
 from art_edm.solvers import sample
+from art_edm.trajectories import measure_along, measure_profile
 
 PRODUCTS = {"conv2d", "conv_transpose2d", "linear", "matmul", "__matmul__", "bmm", "addmm", "baddbmm", "einsum"}
 
