@@ -30,7 +30,7 @@ from .recipes import Experiment
 from .report import FINE_STEPS, clock_score, hand_made
 from .result import Result
 from .result_plots import plot_lines
-from .solvers import SOLVERS, nfe
+from .solvers import nfe
 
 __all__ = ["cheap_fields", "fixed_variance", "first_below", "run_ablation"]
 
@@ -98,7 +98,7 @@ def _variance(experiment: Experiment, lab: Lab) -> Result:
             scores = {n: _scores(network, lab, iterations=n, **recipe) for n in budgets}
             needed[kind].append(first_below(scores))
             for n in budgets:
-                ends[f"{kind}, {n} iterations"].append(float(np.mean(scores[n])))
+                ends[f"{kind}, {n} iterations"].append(_mean(scores[n]))
     each = 3 * (2 * SMALL["train_steps"] + 1) * SMALL["batch"]
     result = _result(experiment, f"iterations to J/J* <= {GOAL}", list(known), needed)
     result.more = {
@@ -109,7 +109,7 @@ def _variance(experiment: Experiment, lab: Lab) -> Result:
     result.settings = {"budgets": str(budgets), "base clock": clock, "exploration": rho, **SMALL, **PROFILE,
                        "seeds": SEEDS, "images of an exact field": FEW}
     result.notes = ["fixed: a constant variance in the base clock that costs as much exploration at the start as the "
-                    "adaptive lambda/|Q|. A dash: not within the largest budget."]
+                    "adaptive lambda/|Q|. A dash: not within the largest budget; where a run diverged, no J/J*."]
     return result
 
 
@@ -121,7 +121,12 @@ def _scores(network: Network, lab: Lab, **settings: Any) -> List[float]:
             scores.append(clock_score(lab.run(network, **{"seed": seed, **settings})))
         except FloatingPointError:
             scores.append(float("inf"))
-    return [min(score, 1e6) for score in scores]
+    return scores
+
+
+def _mean(scores: List[float]) -> Optional[float]:
+    """Mean of scores; None, a dash in the report, where a run diverged."""
+    return float(np.mean(scores)) if np.isfinite(scores).all() else None
 
 
 def _clock(experiment: Experiment, lab: Lab) -> Result:
@@ -129,20 +134,29 @@ def _clock(experiment: Experiment, lab: Lab) -> Result:
     steps, fine = (3, 5, 10), Fine(lab.num or 128)
     known = {name: network for name, network in cheap_fields(lab).items() if name in ("oned", "mnist", "mnist-set")}
     kinds: Dict[str, Callable[[int], Dict[str, Any]]] = {
-        "fine clock (80 steps)": lambda k: {}, "K steps, Simpson": lambda k: {"train_steps": k},
+        f"fine clock ({PRESETS['default'].train_steps} steps)": lambda k: {},
+        "K steps, Simpson": lambda k: {"train_steps": k},
         "K steps, left end (the paper's)": lambda k: {"train_steps": k, "simpson": False},
     }
-    rows: Dict[str, List[float]] = {kind: [] for kind in [*kinds, "direct"]}
+    found: Dict[str, List[Tuple[float, float]]] = {kind: [] for kind in [*kinds, "direct"]}
     for name, network in known.items():
         for k in steps:
             runs = {kind: lab.run(network, **settings(k)) for kind, settings in kinds.items()}
             grids = {**{kind: run.grid(k) for kind, run in runs.items()},
                      "direct": next(iter(runs.values())).profile.direct(k)}
             for kind, grid in grids.items():
-                rows[kind].append(
-                    noise_free(grid) if name == "oned" else endpoint(network, grid, "euler", fine, lab).error)
-    result = _result(experiment, "end-point error, Euler", [f"{name} K = {k}" for name in known for k in steps], rows)
+                error = None if name == "oned" else endpoint(network, grid, "euler", fine, lab)
+                found[kind].append((noise_free(grid), 0.0) if error is None else (error.error, error.stderr))
+    result = _result(
+        experiment, "end-point error, Euler", [f"{name} K = {k}" for name in known for k in steps],
+        {kind: [value for value, _ in row] for kind, row in found.items()},
+        stderr={kind: [stderr for _, stderr in row] for kind, row in found.items()},
+    )
     result.settings = {"noises": fine.noises, "solver": "euler"}
+    result.notes = ["fine clock: one run for all K, its clock read off. K steps: a run for each K, whose rollouts take "
+                    "the grid's own steps, weighed by Simpson's rule or by q at their start. direct: the optimum of "
+                    "the objective in the limit of many steps, without learning. oned: the exact error of its "
+                    "end points' distribution."]
     return result
 
 
@@ -160,6 +174,8 @@ def _live(experiment: Experiment, lab: Lab) -> Result:
     result.more = {"Evaluations": table(lambda run: sum(run.evaluations.values())),
                    "Seconds": table(lambda run: sum(run.seconds.values()))}
     result.settings = {key: value for key, value in settings.items() if key != "rollout"}
+    result.notes = ["cached: the default recipe; its evaluations are those of the profile. live: the settings below, "
+                    "as every rollout costs evaluations; one run each."]
     return result
 
 
@@ -193,7 +209,7 @@ def _solver(experiment: Experiment, lab: Lab) -> Result:
     fine, steps = Fine(lab.num or experiment.num), (3, 5, 10, 18)
     network = lab.network("mnist")
     run = lab.run(network)
-    columns = [(solver, k) for solver in SOLVERS for k in steps]
+    columns = [(solver, k) for solver in ("euler", "heun", "rk4") for k in steps]
     grids = {k: {**{name: hand_made(network.denoiser, k)[name] for name in ("uniform", "dpm", "edm", "edm-unpinned")},
                  "direct": run.profile.direct(k), "art_rl": run.grid(k)} for k in steps}
     errors = {row: [endpoint(network, grids[k][row], solver, fine, lab) for solver, k in columns] for row in grids[3]}
@@ -201,7 +217,9 @@ def _solver(experiment: Experiment, lab: Lab) -> Result:
         experiment, "end-point error on mnist", [f"{solver} {k}, NFE {nfe(solver, k)}" for solver, k in columns],
         {row: [each.error for each in found] for row, found in errors.items()},
         stderr={row: [each.stderr for each in found] for row, found in errors.items()},
-        more={"Median over noises": {row: [each.median for each in found] for row, found in errors.items()}},
+        more={"edm / art_rl": {"error": [edm.error / own.error if own.error else None
+                                         for edm, own in zip(errors["edm"], errors["art_rl"])]},
+              "Median over noises": {row: [each.median for each in found] for row, found in errors.items()}},
     )
     result.settings = {"noises": fine.noises, "fine": f"Heun, {fine.num_steps} steps, EDM's rule"}
     return result

@@ -1,29 +1,26 @@
-"""Tables 2 to 8: FID or Inception score of images on several grids, in seed blocks.
+"""Tables 2 to 8: FID or Inception score of images on several grids, in seed blocks, and what helps to read it.
 
 Symbols
 -------
-cell    one grid, number of steps and solver; its images are those of all blocks
-pooled  the FID of all images of a cell at once: its bias is that of their whole number, as in the paper
-group   images left out together for the standard error: every 20th where features are kept, else a block
-IS      mean over blocks, each in 2 parts: for 5 blocks of 10,000 just the usual 10 parts of 5,000
+row         a grid rule; column: a number of steps
+difference  of two scores from the same noises, which cancels most of their error; its own standard error tells
+end points  RMS distance to the fine solution from the same noise: what a grid does to the images, detector or not
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
 
 from .denoiser import Denoiser
-from .detectors import Detector
-from .evaluation import Moments, to_pixels
-from .experiment import Samples, Work, end_points, features
-from .frechet import frechet_distance, moments
+from .evaluation import to_pixels
 from .grid import Grid, resample
+from .image_cells import FINE_STEPS, Bench, Cell
 from .laboratory import Lab
-from .latent_images import Decode, decoder_of, latent_features
+from .latent_images import Decode, decoder_of
 from .learned import Run
 from .loading import Network
 from .progress import Progress
@@ -32,13 +29,12 @@ from .report import clock_score, hand_made
 from .result import Result
 from .result_plots import plot_clock, plot_sheets
 from .solvers import nfe, supported
-from .tallies import moments_of, score_of
-from .uncertainty import Measurement, difference, groups_of
+from .uncertainty import Difference, Measurement, difference, jackknife
 
-__all__ = ["grids_of", "pooled", "pooled_moments", "run_images"]
+__all__ = ["END_POINTS", "grids_of", "ratio", "run_images"]
 
-Content = Dict[str, np.ndarray]
-_PARTS = 2  # of the Inception score, in each block
+END_POINTS = "End-point error (RMS over pixels and noises)"
+Rows = Dict[str, List[Cell]]
 _SHOWN = 9  # images on a sheet for each grid and number of steps
 
 
@@ -82,129 +78,91 @@ def run_images(experiment: Experiment, lab: Lab) -> Result:
     scores = experiment.metric == "is"
     detector = lab.detector(experiment.detector, network, scores)
     reference = None if scores else lab.reference(experiment.reference, detector)
-    cells = _measure(experiment, network, table, detector, reference, decode, lab)
+    bench = Bench(experiment, network, detector, reference, decode, lab, lab.work())
+    cells = _measure(bench, table)
     title = {"is": "Inception score"}.get(experiment.metric, "LeNet-FID" if detector.name == "lenet" else "FID")
     evaluations = [nfe(experiment.solver, k) for k in experiment.steps]
     result = Result(
-        experiment.name, experiment.title, title, [f"NFE {n}" for n in evaluations], *_numbers(cells),
-        paper=experiment.paper, nfe=evaluations, steps=list(experiment.steps),
-        solver=experiment.solver, better="higher" if scores else "lower",
+        experiment.name, experiment.title, title, [f"NFE {n}" for n in evaluations],
+        {name: [cell.value.mean for cell in row] for name, row in cells.items()},
+        {name: [cell.value.stderr for cell in row] for name, row in cells.items()},
+        paper=experiment.paper, nfe=evaluations, steps=list(experiment.steps), solver=experiment.solver,
+        better="higher" if scores else "lower", yardsticks=bench.yardsticks(),
     )
+    bench.work.progress.close()
     if lab.lead:
-        size = block_size(experiment, lab)
-        result.more = _comparisons(cells, result.paper)
-        result.settings = {
-            "network": {"name": network.name, "sha256": network.sha256}, "solver": experiment.solver,
-            "images": f"{experiment.blocks} x {size}", "seed": lab.seed, "detector": detector.name,
-            "detector_sha256": detector.sha256, "reference": experiment.reference or None,
-            "grid learned on": teacher.name, "J/J* of the clock": clock_score(run),
-            "price of distillation": run.profile.price, "evaluations of training": sum(run.evaluations.values()),
-            "stderr from": {"is": "blocks"}.get(experiment.metric, cells[0][0].value.basis),
-            "seconds of sampling": sum(cell.seconds for row in cells for cell in row),
-            "seconds": time.monotonic() - began,
-        }
-        result.notes = _notes(experiment, experiment.blocks * size)
-        if detector.name not in ("lenet", "inception"):
-            result.notes.append("The detector is not NVIDIA's Inception: no figure compares with the paper's.")
-    _draw(experiment, network, table, run, result, decode, lab)
+        _comparisons(cells, result)
+        result.settings = {**_settings(bench, run, teacher, cells), "seconds": time.monotonic() - began}
+        result.notes = _notes(bench)
+    _draw(bench, table, run, result)
     return result
 
 
-class Cell(NamedTuple):
-    """A measured cell."""
-
-    name: str
-    value: Measurement
-    seconds: float
-
-
-def block_size(experiment: Experiment, lab: Lab) -> int:
-    """Images of each block."""
-    return max(2, (lab.num or experiment.num) // experiment.blocks)
-
-
-def _measure(
-    experiment: Experiment, network: Network, table: Dict[str, Dict[int, Grid]], detector: Detector,
-    reference: Optional[Moments], decode: Optional[Decode], lab: Lab,
-) -> List[List[Cell]]:
-    """Every cell, [rows][columns]; on process 0 only, nothing on the others."""
-    size, work = block_size(experiment, lab), lab.work()
-    total = experiment.blocks * size * len(table) * sum(nfe(experiment.solver, k) for k in experiment.steps)
-    work.progress = Progress(total, experiment.name, lab.quiet or not lab.lead)
-    rows = []
-    for name, grids in table.items():
-        row = []
-        for k, grid in grids.items():
-            work.note = f"{name} K = {k}"
-            contents = []
-            for block in range(experiment.blocks):
-                samples = Samples(network, grid, experiment.solver, size, lab.seed, block * size)
-                contents.append(_features(samples, detector, work, reference is None, decode))
-            if lab.lead:
-                value = Measurement([score_of(content)[0] for content in contents]) if reference is None else pooled(
-                    contents, size, reference)
-                row.append(Cell(name, value, sum(float(content["seconds"]) for content in contents)))
-        if row:
-            rows.append(row)
-    work.progress.close()
-    return rows
-
-
-def _features(
-    samples: Samples, detector: Detector, work: Work, scores: bool, decode: Optional[Decode]
-) -> Optional[Content]:
-    splits = _PARTS if scores else 0
-    if decode is not None:
-        return latent_features(samples, detector, work, decode, splits)
-    return features(samples, detector, work, splits)
-
-
-def pooled(contents: Sequence[Content], size: int, reference: Moments) -> Measurement:
-    """FID of all images of blocks of `size` at once, and without each group of them."""
-    if "features" in contents[0]:
-        every = np.concatenate([content["features"] for content in contents])
-        group = groups_of(len(every))
-        parts = [every[group != j] for j in range(group.max() + 1)] if len(every) >= 2 * (group.max() + 1) else []
-        value = frechet_distance(*moments(every), *reference)
-        return Measurement([value], [frechet_distance(*moments(part), *reference) for part in parts])
-    counted = [(size, *moments_of(content)) for content in contents]
-    value = frechet_distance(*pooled_moments(counted), *reference)
-    rest = [counted[:i] + counted[i + 1:] for i in range(len(counted))] if len(counted) > 1 else []
-    return Measurement([value], [frechet_distance(*pooled_moments(some), *reference) for some in rest])
-
-
-def pooled_moments(parts: Sequence[Tuple[int, np.ndarray, np.ndarray]]) -> Moments:
-    """Mean and covariance (n - 1) of all from (number, mean, covariance) of each part."""
-    total = sum(count for count, _, _ in parts)
-    mean = sum(count * mu for count, mu, _ in parts) / total
-    scatter = sum((count - 1) * cov + count * np.outer(mu - mean, mu - mean) for count, mu, cov in parts)
-    return mean, scatter / (total - 1)
-
-
-def _numbers(cells: List[List[Cell]]) -> Tuple[Dict[str, List[Any]], Dict[str, List[Any]]]:
-    rows = {row[0].name: [cell.value.mean for cell in row] for row in cells}
-    return rows, {row[0].name: [cell.value.stderr for cell in row] for row in cells}
-
-
-def _comparisons(cells: List[List[Cell]], paper: Dict[str, List[Optional[float]]]) -> Dict[str, Any]:
-    """ART-RL against EDM: the ratio beside the paper's, and the difference in units of its standard error."""
-    rows = {row[0].name: row for row in cells}
-    if not {"edm", "art_rl"} <= set(rows):
-        return {}
-    pairs = list(zip(rows["art_rl"], rows["edm"]))
-    ratios = {"here": [b.value.mean / a.value.mean for a, b in pairs]}
-    if "edm" in paper:
-        ratios["paper"] = [b / a if a and b else None for a, b in zip(paper["art_rl"], paper["edm"])]
-    gaps = [difference(a.value, b.value, paired=True) for a, b in pairs]
+def _settings(bench: Bench, run: Run, teacher: Network, cells: Rows) -> Dict[str, Any]:
+    """All that the figures depend on, and what they cost."""
+    experiment, network, detector = bench.experiment, bench.network, bench.detector
+    every = [cell for row in cells.values() for cell in row]
     return {
-        "edm / art_rl": ratios,
-        "art_rl less edm, from the same noise": {
-            "difference": [gap.value for gap in gaps], "stderr": [gap.stderr for gap in gaps]},
+        "network": {"name": network.name, "sha256": network.sha256}, "solver": experiment.solver,
+        "images": f"{experiment.blocks} x {bench.size}", "seed": bench.lab.seed, "detector": detector.name,
+        "detector_sha256": detector.sha256, "reference": experiment.reference or None,
+        "grid learned on": teacher.name, "J/J* of the clock": clock_score(run),
+        "price of distillation": run.profile.price, "evaluations of training": sum(run.evaluations.values()),
+        "stderr from": {"is": "blocks"}.get(experiment.metric, every[0].value.basis),
+        "noises of end points": bench.noises, "fine solution": f"Heun, {FINE_STEPS} steps, EDM's rule",
+        "seconds of sampling": sum(cell.seconds for cell in every),
     }
 
 
-def _notes(experiment: Experiment, images: int) -> List[str]:
-    notes = []
+def _measure(bench: Bench, table: Dict[str, Dict[int, Grid]]) -> Rows:
+    """Every cell, row -> [columns]; on process 0 only, nothing on the others."""
+    lab, name = bench.lab, bench.experiment.name
+    total = bench.evaluations(bench.experiment.steps, len(table))
+    bench.work.progress = Progress(total, name, lab.quiet or not lab.lead)
+    rows: Rows = {}
+    for row, grids in table.items():
+        for k, grid in grids.items():
+            bench.work.note = f"{row} K = {k}"
+            cell = bench.cell(grid)
+            if cell is not None:
+                rows.setdefault(row, []).append(cell)
+    return rows
+
+
+def ratio(one: Measurement, base: Measurement) -> Difference:
+    """`one` over `base`, which share the seeds; the standard error by leaving out what they share."""
+    value = one.mean / base.mean
+    if len(one.values) == len(base.values) > 1:  # blocks: the mean of the others, for each
+        parts = [(np.sum(each.values) - np.asarray(each.values)) / (len(each.values) - 1) for each in (one, base)]
+        return Difference(value, jackknife(parts[0] / parts[1]), f"jackknife of {len(one.values)} blocks")
+    if len(one.left_out) == len(base.left_out) > 0:
+        stderr = jackknife(np.divide(one.left_out, base.left_out))
+        return Difference(value, stderr, f"paired jackknife of {len(one.left_out)} groups")
+    return Difference(value, None, None)
+
+
+def _comparisons(rows: Rows, result: Result) -> None:
+    """What helps to read the table: ART-RL against EDM, all rows against EDM, and end points."""
+    more, errors = result.more, result.more_stderr
+    if {"edm", "art_rl"} <= set(rows):
+        found = [ratio(b.value, a.value) for a, b in zip(rows["art_rl"], rows["edm"])]
+        more["edm / art_rl"] = {"here": [each.value for each in found]}
+        errors["edm / art_rl"] = {"here": [each.stderr for each in found]}
+        if "edm" in result.paper:
+            more["edm / art_rl"]["paper"] = [
+                b / a if a and b else None for a, b in zip(result.paper["art_rl"], result.paper["edm"])]
+    if "edm" in rows:
+        title = "Difference to edm, from the same noise"
+        gaps = {name: [difference(a.value, b.value, paired=True) for a, b in zip(row, rows["edm"])]
+                for name, row in rows.items() if name != "edm"}
+        more[title] = {name: [gap.value for gap in row] for name, row in gaps.items()}
+        errors[title] = {name: [gap.stderr for gap in row] for name, row in gaps.items()}
+    more[END_POINTS] = {name: [cell.error.error for cell in row] for name, row in rows.items()}
+    errors[END_POINTS] = {name: [cell.error.stderr for cell in row] for name, row in rows.items()}
+
+
+def _notes(bench: Bench) -> List[str]:
+    experiment, images, notes = bench.experiment, bench.experiment.blocks * bench.size, []
     if images < experiment.num:
         notes.append(f"{images:,} images per cell, where the paper has {experiment.num:,}: such a FID is biased "
                      "upwards and does not compare with the paper's.")
@@ -216,30 +174,29 @@ def _notes(experiment: Experiment, images: int) -> List[str]:
         notes.append(f"{rule}{own}.")
     if experiment.network == "mnist":
         notes.append("The network and the LeNet are this project's own: the paper's level of LeNet-FID is another one, "
-                     "only ratios compare.")
+                     "only ratios compare. Where rows come down to the network's floor, the metric cannot tell them "
+                     "apart; their end-point errors can.")
+    if bench.detector.name not in ("lenet", "inception"):
+        notes.append("The detector is not NVIDIA's Inception: no figure compares with the paper's.")
     return notes
 
 
-def _draw(
-    experiment: Experiment, network: Network, table: Dict[str, Dict[int, Grid]], run: Run, result: Result,
-    decode: Optional[Decode], lab: Lab,
-) -> None:
+def _draw(bench: Bench, table: Dict[str, Dict[int, Grid]], run: Run, result: Result) -> None:
     """Sheets of images for each grid and K, and the learned clock; all processes, as images may have to be made."""
-    work = lab.work()
-    count = min(_SHOWN, block_size(experiment, lab))
-    sheets: Dict[str, List[np.ndarray]] = {}
+    experiment, lab, sheets = bench.experiment, bench.lab, {}
+    bench.work = lab.work()
     for name, grids in table.items():
         for grid in grids.values():
-            points = end_points(Samples(network, grid, experiment.solver, count, lab.seed), work)
+            points = bench.points(grid)
             if points is not None:
-                sheets.setdefault(name, []).append(_pixels(points, network, decode))
+                sheets.setdefault(name, []).append(_pixels(points[:_SHOWN], bench.network, bench.decode))
     if lab.lead:
         name, clock = f"{experiment.name}-sheets.png", f"{experiment.name}-clock.png"
         columns = [f"K = {k}, NFE {n}" for k, n in zip(experiment.steps, result.nfe)]
         plot_sheets(lab.out / name, experiment.title, sheets, columns)
         plot_clock(lab.out / clock, result.settings["grid learned on"], run)
         result.figures = [
-            [name, f"{experiment.title}: the same {count} noises on every grid."],
+            [name, f"{experiment.title}: the same {min(_SHOWN, bench.noises)} noises on every grid."],
             [clock, f"Speed and clock learned on {result.settings['grid learned on']}."]]
 
 

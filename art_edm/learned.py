@@ -26,7 +26,7 @@ from .training import TrainResult, train
 
 __all__ = ["Run", "learn"]
 
-_METHOD = 2  # raised whenever the same settings would give other numbers
+_METHOD = 3  # raised whenever the same settings would give other numbers
 
 
 class Run(NamedTuple):
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 def learn(network: Network, config: TrainConfig, cells: Cells, world: World, quiet: bool = True) -> Run:
-    """The run, from the store or made now by process 0; the same on every process.
+    """The run, from the store or made now by all processes; the same on every one, and whatever their number.
 
     A run that was stopped, or killed, continues from its last checkpoint.
 
@@ -56,14 +56,16 @@ def learn(network: Network, config: TrainConfig, cells: Cells, world: World, qui
             "settings": asdict(config)}
     if network.sha256 is None:  # a closed form: its data are in its name, its range of levels is not
         what["range"] = [network.denoiser.sigma_min, network.denoiser.sigma_max]
-    with world.phase():
+    with world.phase():  # all look before any writes
         content = cells.load(what)
-    with world.phase():
-        if content is None and world.rank == 0:
-            checkpoint = cells.folder / f"{key_of(what)}.ckpt"
-            result = train(network.denoiser, config, network.identity, checkpoint, resume=True, quiet=quiet)
-            cells.save(what, _content(result))
-            checkpoint.unlink(missing_ok=True)
+    if not world.share(content is not None):
+        checkpoint = cells.folder / f"{key_of(what)}.ckpt"
+        result = train(network.denoiser, config, network.identity, checkpoint, resume=True, quiet=quiet, world=world)
+        with world.phase():
+            if world.rank == 0:
+                content = _content(result)
+                cells.save(what, content)
+                checkpoint.unlink(missing_ok=True)
     with world.phase():
         content = cells.load(what) if content is None else content
         if content is None:

@@ -32,7 +32,8 @@ class Result:
         name: of its files.
         columns: titles of the columns.
         nfe, steps: of the columns, where they differ by their number of steps.
-        rows, stderr, paper: by row; further figures of the same form are in `more`.
+        rows, stderr, paper: by row; further figures of the same form are in `more`, their errors in `more_stderr`.
+        yardsticks: what figures of the same metric are held against, [value, standard error].
         better: "lower" or "higher".
         settings: all that the figures depend on, and what they cost.
         figures: files beside it and what they show.
@@ -54,6 +55,8 @@ class Result:
     settings: Dict[str, Any] = field(default_factory=dict)
     notes: List[str] = field(default_factory=list)
     figures: List[List[str]] = field(default_factory=list)  # [file, caption]
+    more_stderr: Dict[str, Numbers] = field(default_factory=dict)
+    yardsticks: Dict[str, List[Optional[float]]] = field(default_factory=dict)
 
 
 def paper_table(name: str) -> Dict[str, Any]:
@@ -126,19 +129,25 @@ def markdown(result: Result) -> str:
     for title, rows in result.more.items():
         text += f"\n{title}:\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in [
             ["", *result.columns], ["---"] * (len(result.columns) + 1),
-            *([name, *map(shown, values)] for name, values in rows.items())])
+            *([name, *_cells(result, title, name, values)] for name, values in rows.items())])
     return text
+
+
+def _cells(result: Result, title: str, name: str, values: Sequence[Optional[float]]) -> List[str]:
+    """A row of one of the tables in `more`."""
+    errors = result.more_stderr.get(title, {})
+    return [shown(value, _get(errors, name, i)) for i, value in enumerate(values)]
 
 
 def _markdown_down(result: Result) -> str:
     """The same with a line for each column, where these are many."""
     best, text = _best(result), ""
-    tables = [("", result.rows), *((f"\n{title}:\n\n", rows) for title, rows in result.more.items())]
-    for title, rows in tables:
+    tables = [("", result.rows, result.stderr), *(
+        (f"\n{title}:\n\n", rows, result.more_stderr.get(title, {})) for title, rows in result.more.items())]
+    for title, rows, errors in tables:
         lines = [["", *rows], ["---"] * (len(rows) + 1)]
         for i, column in enumerate(result.columns):
-            cells = [shown(row[i], _get(result.stderr, name, i) if rows is result.rows else None)
-                     for name, row in rows.items()]
+            cells = [shown(row[i], _get(errors, name, i)) for name, row in rows.items()]
             bold = [rows is result.rows and best[i] == name for name in rows]
             lines.append([column, *(f"**{cell}**" if strong else cell for cell, strong in zip(cells, bold))])
         text += title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -191,6 +200,9 @@ def _times(results: Sequence[Result]) -> str:
 def _section(result: Result) -> str:
     arrow = {"lower": "; lower is better", "higher": "; higher is better"}.get(result.better, "")
     parts = [f"## {result.name}: {result.title}\n", f"{result.metric}{arrow}.\n", markdown(result)]
+    if result.yardsticks:
+        parts.append("For comparison: " + "; ".join(
+            f"{name} {shown(value, stderr)}" for name, (value, stderr) in result.yardsticks.items()) + ".\n")
     parts += [f"![{caption}]({name})\n\n*{caption}*\n" for name, caption in result.figures]
     if result.notes:
         parts.append("".join(f"- {note}\n" for note in result.notes))

@@ -25,8 +25,9 @@ from art_edm.config import PRESETS
 from art_edm.distributed import World
 from art_edm.frechet import frechet_distance, moments
 from art_edm.grid import Grid, edm
+from art_edm.image_cells import pooled, pooled_moments
 from art_edm.image_fields import cifar10_images, empirical
-from art_edm.image_tables import _fitted, pooled, pooled_moments
+from art_edm.image_tables import _fitted
 from art_edm.laboratory import Lab, address_of
 from art_edm.oned_table import _measure, limit, noise_free, quantile_means, run_oned, training_steps
 from art_edm.progress import Stopped
