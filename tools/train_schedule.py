@@ -78,12 +78,17 @@ def configure(preset: str, given: Dict[str, Any]) -> Any:
               help="Dense trajectories.  [default: the preset's]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of all randomness.")
 @click.option("--device", default="auto", show_default=True, help="Where the denoiser runs: auto, cpu, cuda, ...")
+@click.option("--refine", is_flag=True,
+              help="Then move the levels to where --solver ends nearest to the exact solution.")
+@click.option("--solver", default="heun", show_default=True, metavar="NAME",
+              help="Of --refine: euler, heun, rk4, dpmpp2m, ipndm2, ipndm3 or ipndm.")
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 @click.option("--plot", is_flag=True, help="Draw the clock and the grids beside the .npy, as .png.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def main(
     network: str, gnet: Optional[str], guidance: float, class_idx: Optional[int], trust_pickle: bool,
-    steps: Tuple[int, ...], out: Optional[str], preset: str, device: str, resume: bool, plot: bool, quiet: bool,
+    steps: Tuple[int, ...], out: Optional[str], preset: str, device: str, refine: bool, solver: str, resume: bool,
+    plot: bool, quiet: bool,
     **given: Any,
 ) -> None:
     """Learn a timestep grid for a denoiser and score it against the exact optimum.
@@ -100,6 +105,7 @@ def main(
     from art_edm.distributed import world
     from art_edm.loading import load_network
     from art_edm.plots import check_plotting
+    from art_edm.refine import check_refinable
 
     with world(device) as here:
         with here.phase():  # everything that can fail early
@@ -110,7 +116,9 @@ def main(
             if plot:
                 check_plotting()
             config = configure(preset, given)
-        job = Job(loaded, load_seconds, resume, plot, quiet, here)
+            if refine:
+                check_refinable(loaded.denoiser, solver)
+        job = Job(loaded, load_seconds, resume, plot, quiet, here, solver if refine else None)
         if preset == "paper":  # the paper learns every number of steps by itself
             for k, path in paths.items():
                 one(job, replace(config, train_steps=k), {k: path})
@@ -127,6 +135,7 @@ class Job(NamedTuple):
     plot: bool
     quiet: bool
     world: Any
+    solver: Optional[str]  # to refine for
 
 
 def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
@@ -138,29 +147,69 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
         click.echo(f"there is no {checkpoint} to resume from; starting at the beginning", err=True)
     result = train(network.denoiser, config, network.identity, checkpoint, job.resume, job.quiet, job.world)
     with job.world.phase():
+        grids = grids_of(job, result, paths)
+    refined = refine_all(job, config.seed, grids, paths, result) if job.solver else {}
+    with job.world.phase():
         if job.world.rank == 0:
-            finish(job, config, result, paths)
-            checkpoint.unlink(missing_ok=True)
+            finish(job, config, result, paths, grids, refined)
+            for path in (checkpoint, *map(refinement_state, paths.values())):
+                path.unlink(missing_ok=True)
 
 
-def finish(job: Job, config: Any, result: Any, paths: Dict[int, Path]) -> None:
+def grids_of(job: Job, result: Any, paths: Dict[int, Path]) -> Dict[int, Any]:
+    """The learned grids."""
+    from art_edm.solvers import fitted
+
+    grids = {}
+    for k in paths:
+        try:
+            grid = result.learned.grid(k) if result.learned else result.profile.direct(k)
+            grids[k] = fitted(job.network.denoiser, grid)
+        except ValueError as error:
+            reason = str(error).rsplit(";", 1)[0]
+            raise ValueError(f"K = {k}: {reason}; use fewer steps; with --resume what was learned is used") from None
+    return grids
+
+
+def refinement_state(path: Path) -> Path:
+    """Where the refinement of the grid at `path` keeps its state."""
+    return path.with_suffix(".refine.ckpt")
+
+
+def refine_all(job: Job, seed: int, grids: Dict[int, Any], paths: Dict[int, Path], result: Any) -> Dict[int, Any]:
+    """Every grid refined; several share the noises. What it costs becomes a stage of the `result`."""
+    from art_edm.refine import RefineConfig, draw_noises, refine
+
+    config, denoiser, noises = RefineConfig(seed=seed), job.network.denoiser, None
+    began = time.perf_counter()
+    if len(grids) > 1:
+        noises = draw_noises(denoiser, config, next(iter(grids.values())).sigma_max, job.quiet, job.world)
+    refined = {
+        k: refine(denoiser, grid, job.solver, config, job.network.identity, refinement_state(paths[k]), job.resume,
+                  job.quiet, job.world, noises)
+        for k, grid in grids.items()
+    }
+    spent = [each.evaluations for each in refined.values()]
+    result.evaluations["refine"] = sum(spent) + (noises.evaluations if noises else 0)
+    result.seconds["refine"] = time.perf_counter() - began
+    return refined
+
+
+def finish(
+    job: Job, config: Any, result: Any, paths: Dict[int, Path], grids: Dict[int, Any], refined: Dict[int, Any]
+) -> None:
     """Write the grids and their sidecars and pictures, and show their scores."""
     from art_edm import report
     from art_edm.grid import save_grid
     from art_edm.plots import plot_run
-    from art_edm.solvers import fitted
 
-    network, began, records, grids = job.network, time.perf_counter(), [], {}
-    for k in paths:  # all before any is written
-        try:
-            grid = result.learned.grid(k) if result.learned else result.profile.direct(k)
-            grids[k] = fitted(network.denoiser, grid)
-        except ValueError as error:
-            reason = str(error).rsplit(";", 1)[0]
-            raise ValueError(f"K = {k}: {reason}; use fewer steps; with --resume what was learned is used") from None
-    for (k, path), grid in zip(paths.items(), grids.values()):
+    network, began, records = job.network, time.perf_counter(), []
+    for k, path in paths.items():
+        grid = refined[k].grid if refined else grids[k]
         seconds = {"load": job.load_seconds, **result.seconds, "write": time.perf_counter() - began}
         record = {**report.provenance(network, config, result, grid, seconds), "processes": job.world.size}
+        if refined:
+            record["refined"] = refined[k].record()
         write(save_grid, path, grid, record)
         if job.plot:
             shown = {**report.hand_made(network.denoiser, k), path.stem: grid}
@@ -169,6 +218,10 @@ def finish(job: Job, config: Any, result: Any, paths: Dict[int, Path]) -> None:
     if not job.quiet:
         for path, record in records:
             click.echo("\n".join(report.table(record)))
+            if "refined" in record:
+                before, after = (record["refined"][name] for name in ("error_before", "error_after"))
+                click.echo(f"end-point error of {job.solver} on noises held out: {before['mean']:.4g} before, "
+                           f"{after['mean']:.4g} +- {after['stderr']:.2g} refined (median {after['median']:.4g})")
             drawn = f" and {path.stem}.png" if job.plot else ""
             click.echo(f"wrote {path} and {path.with_suffix('.json').name}{drawn}")
         click.echo(report.costs(records[-1][1], peak_memory()))

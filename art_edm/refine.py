@@ -1,0 +1,288 @@
+"""A grid refined at its own number of steps: the sampler's end-point error, minimised through the solver itself.
+
+From a grid such as ART's, whose first level and number of steps stay, Levenberg-Marquardt steps (see `descent`)
+move the inner levels to where the solver in use ends nearest to the exact solution, over M noises. The derivatives
+are differences through the solver (see `sensitivity`), so that every network, guidance and solver will do. Only
+steps that lower the error are taken; noises held out of all this decide when it ends, and that no grid is returned
+which they find worse than the one at the start; among the others it is the least mean error over all noises that
+counts. A run that is resumed gives the bytes of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+
+from . import descent
+from .denoiser import Denoiser, NonFiniteOutput
+from .distributed import ALONE, World
+from .grid import Grid, edm, edm_unpinned
+from .progress import GracefulStop, Progress, Stopped
+from .refine_state import Drawn, EndError, RefineConfig, RefineState, read_state, write_state
+from .seeding import seeded_generator
+from .sensitivity import Run, Travel, solve_ends
+from .solvers import nfe, supported
+
+__all__ = ["Drawn", "EndError", "RefineConfig", "RefineResult", "check_refinable", "draw_noises", "refine"]
+
+STREAM = (1 << 30) + 7  # of the noises, apart from the training's
+TRIALS = 7  # of one search
+TINY = 1e-300
+ENOUGH = 1e-4  # error over that of the start: nothing is gained below, the reference is not better
+
+
+DEFAULT = RefineConfig()
+
+
+@dataclass
+class RefineResult:
+    """What a refinement leaves behind."""
+
+    grid: Grid
+    error_before: EndError  # of the grid it started from
+    error_after: EndError  # of `grid`, in the mean never above; it was among what chose the grid, so a little too good
+    history: List[Dict[str, float]]  # evaluations, and mean errors `train` and `held`, from the start on
+    evaluations: int
+    seconds: float
+    settings: Dict[str, Any]  # of the refinement, `solver` among them
+
+    def record(self) -> Dict[str, Any]:
+        """For a grid's provenance: what was done and what it gave, ready for JSON."""
+        return {**{name: value for name, value in vars(self).items() if name != "grid"},
+                "error_before": self.error_before._asdict(), "error_after": self.error_after._asdict()}
+
+
+def draw_noises(
+    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE
+) -> Drawn:
+    """The noises of `config`, and where their exact paths from `sigma_max` end; for any solver and number of steps.
+
+    Raises Stopped when asked to stop, and NonFiniteOutput as `refine` does.
+    """
+    with GracefulStop() as stop:
+        return _draw(denoiser, config, sigma_max, quiet, world, stop)
+
+
+def _draw(
+    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool, world: World, stop: GracefulStop
+) -> Drawn:
+    count, generator = config.noises + config.held, seeded_generator(config.seed, STREAM)
+    latents = torch.randn((count, *denoiser.img_shape), generator=generator, dtype=torch.float64)
+    labels = denoiser.draw_labels(count, generator)
+    fine = edm(config.fine, denoiser.sigma_min, sigma_max) if denoiser.pinned else edm_unpinned(config.fine, sigma_max)
+    tell = _teller(denoiser, "exact paths, images", count * nfe(config.fine_solver, config.fine), quiet, world, stop)
+    both, cost = solve_ends(
+        denoiser, latents.to(denoiser.device), labels, fine.values, config.fine_solver, config.batch, tell, world
+    )
+    return Drawn(both.part(slice(0, config.noises)), both.part(slice(config.noises, count)), cost)
+
+
+def _teller(
+    denoiser: Denoiser, label: str, total: int, quiet: bool, world: World, stop: GracefulStop
+) -> Callable[[], None]:
+    """What long work calls between its pieces: it shows progress, and ends the work when asked to stop."""
+    progress, before = Progress(total // world.size, label, quiet), denoiser.evaluations
+
+    def tell() -> None:
+        world.check()
+        done = denoiser.evaluations - before
+        progress.update(min(done, total // world.size))
+        if stop.requested or done >= total // world.size:
+            progress.close()
+        if stop.requested:
+            raise Stopped("stopped while refining the grid")
+
+    return tell
+
+
+def refine(
+    denoiser: Denoiser, grid: Grid, solver: str, config: RefineConfig = DEFAULT, identity: str = "",
+    checkpoint: Optional[Path] = None, resume: bool = False, quiet: bool = True, world: World = ALONE,
+    noises: Optional[Drawn] = None,
+) -> RefineResult:
+    """Move the inner levels of `grid` to where `solver` ends nearest to the exact solution.
+
+    Args:
+        grid: where to start, such as ART's; its number of steps and its first level stay.
+        solver: a name in `solvers.SOLVERS`.
+        identity: what the denoiser is (name and hash); a checkpoint of another one is refused.
+        checkpoint: file for the state, rewritten after every iteration; None keeps nothing.
+        resume: continue from `checkpoint` where it exists.
+        world: processes that share the noises, all with the same arguments; each returns the same result.
+        noises: from `draw_noises` with the same config, shared by several refinements, whose cost is then not
+            counted here. None draws them.
+    Raises:
+        Stopped: Ctrl-C or SIGTERM; what was finished is saved.
+        NonFiniteOutput: the denoiser returned NaN or infinity; what was finished is saved.
+        CheckpointMismatch: the checkpoint is of other settings.
+        ValueError: a model of discrete noise levels, an unknown solver, a grid the model does not support, or
+            settings out of range.
+    """
+    _check(denoiser, grid, solver, config)
+    job = _Refinement(denoiser, grid, solver, config, identity, checkpoint, quiet, world)
+    job.noises, job.given = noises, noises is not None
+    if resume and checkpoint is not None and world.share(checkpoint.exists()):
+        with world.phase():
+            job.restore()
+    with GracefulStop() as stop:
+        try:
+            return job.work(stop)
+        except (NonFiniteOutput, Stopped) as error:
+            if not job.saved:
+                raise
+            raise type(error)(f"{error}; what was finished is in {checkpoint}, continue with --resume") from None
+
+
+def _check(denoiser: Denoiser, grid: Grid, solver: str, config: RefineConfig) -> None:
+    nfe(config.fine_solver, config.fine)
+    check_refinable(denoiser, solver)
+    supported(denoiser, grid)
+    for name in ("noises", "held", "batch", "step", "damping", "patience"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"found {name} = {getattr(config, name)}, expected more than 0; change the settings")
+
+
+def check_refinable(denoiser: Denoiser, solver: str) -> None:
+    """Raise a ValueError, before any work, for an unknown solver or a model that knows discrete noise levels only."""
+    nfe(solver, 1)
+    low = max(denoiser.sigma_min, denoiser.sigma_limits[0])
+    probe = torch.from_numpy(np.geomspace(low, denoiser.sigma_max, 64)[1:-1])
+    rounded = denoiser.round_sigma(probe.to(denoiser.device)).to(probe)
+    worst = int(((rounded - probe) / probe).abs().argmax())
+    if not torch.allclose(rounded, probe, rtol=1e-6, atol=0):
+        raise ValueError(
+            f"found a network of discrete noise levels ({float(probe[worst]):.6g} becomes {float(rounded[worst]):.6g}),"
+            " expected one of all levels, as refining moves them by little; use the grid as it is, without --refine"
+        )
+
+
+class _Refinement:
+    """One refinement: its state, and what changes it."""
+
+    def __init__(
+        self, denoiser: Denoiser, grid: Grid, solver: str, config: RefineConfig, identity: str,
+        checkpoint: Optional[Path], quiet: bool, world: World,
+    ) -> None:
+        self.denoiser, self.grid, self.solver, self.config = denoiser, grid, solver, config
+        self.checkpoint, self.quiet, self.world, self.saved = checkpoint, quiet, world, False
+        self.first, self.low = grid.sigma_max, denoiser.sigma_limits[0]
+        self.settings = {**asdict(config), "network": identity, "solver": solver, "grid": grid.values.tolist()}
+        self.noises: Optional[Drawn] = None
+        self.given, self.began = False, time.perf_counter()  # given: the noises are the caller's
+        q = torch.from_numpy(descent.parameters_of(grid.values, self.low))
+        zero = torch.zeros_like(q)
+        self.state = RefineState(q, torch.tensor(grid.values), torch.outer(zero, zero), zero, zero, config.damping)
+
+    def work(self, stop: GracefulStop) -> RefineResult:
+        """All of it, from wherever the state is."""
+        state = self.state
+        if self.noises is None:
+            self.noises = _draw(self.denoiser, self.config, self.first, self.quiet, self.world, stop)
+            self.save()
+        tell = _teller(self.denoiser, "refining, images", self._expected(), self.quiet, self.world, stop)
+        train, held = (
+            Travel(self.denoiser, self.solver, part, self.config.batch, tell, self.world) for part in self.noises[:2]
+        )
+        run = None if state.finished else train.run(self._levels(state.q))
+        if state.history:  # that run was counted when it was accepted
+            train.evaluations = state.evaluations - (0 if self.given else self.noises.evaluations)
+        else:
+            errors = held.run(self.grid.values).errors
+            state.before = state.after = list(EndError.of(errors))
+            state.finished = self.grid.num_steps == 1
+            self._note(run, errors, train, held)
+        while not state.finished:
+            run = self._iterate(run, train, held)
+        return RefineResult(
+            Grid(state.best.numpy()), EndError(*state.before), EndError(*state.after), state.history,
+            state.evaluations, state.seconds, {"solver": self.solver, **asdict(self.config)},
+        )
+
+    def _expected(self) -> int:
+        """Evaluations, should it take all iterations."""
+        steps, config = self.grid.num_steps, self.config
+        run = nfe(self.solver, steps)
+        derivatives = sum(nfe(self.solver, n) - 1 for n in range(2, steps + 1)) * config.noises
+        whole = config.iterations * (derivatives + run * (config.noises + config.held))
+        return max(whole, config.cheap if config.more > config.iterations else 0)
+
+    def _levels(self, q: torch.Tensor) -> np.ndarray:
+        return descent.levels_of(q.numpy(), self.first, self.low)
+
+    def _iterate(self, run: Run, train: Travel, held: Travel) -> Run:
+        """Derivatives, one accepted step if there is any, and what it does to the noises held out."""
+        state, config, q = self.state, self.config, self.state.q.numpy()
+        gram, pull = train.derivatives(run, config.step)
+        gradient, H, scale = descent.model(run.errors, gram, pull, descent.chain(q, run.levels, self.low))
+        S = state.secant.numpy()
+        if state.step.any():
+            S = descent.secant(S, H, state.step.numpy(), gradient - state.gradient.numpy())
+        after = self._search(run, train, gradient, (H, S), scale)
+        if after is None and S.any():  # what was learned about the curvature may mislead
+            after = self._search(run, train, gradient, (H, np.zeros_like(S)), scale)
+        if after is None:
+            state.finished = True
+            self._note(None, None, train, held)
+            return run
+        errors = held.run(after.levels).errors
+        state.gradient = torch.from_numpy(gradient)
+        self._note(after, errors, train, held)
+        return after
+
+    def _search(
+        self, run: Run, train: Travel, gradient: np.ndarray, curvature: Tuple[np.ndarray, np.ndarray], scale: np.ndarray
+    ) -> Optional[Run]:
+        """The first of ever shorter steps that lowers the error, taken; None if there is none."""
+        state, f, growth = self.state, run.errors.mean(), 2.0
+        for _ in range(TRIALS):
+            step, promised = descent.proposal(gradient, sum(curvature), scale, state.damping)
+            q = state.q + torch.from_numpy(step)
+            after = train.run(self._levels(q))
+            gain = f - after.errors.mean()
+            if gain > 0:
+                ratio = gain / promised if promised > 0 else 0.0
+                state.damping = max(float(state.damping * max(0.2, 1 - (2 * min(ratio, 1.0) - 1) ** 3)), 1e-4)
+                state.q, state.step, state.secant = q, torch.from_numpy(step), torch.from_numpy(curvature[1])
+                return after
+            state.damping, growth = max(state.damping, 1e-2) * growth, 2 * growth
+        return None
+
+    def _note(self, run: Optional[Run], errors: Optional[np.ndarray], train: Travel, held: Travel) -> None:
+        """Write down where things are after a step, or after the search for one that found none (no run)."""
+        state, config, rows = self.state, self.config, self.state.history
+        drawn = 0 if self.given else self.noises.evaluations
+        state.evaluations = drawn + train.evaluations + held.evaluations
+        if run is not None:
+            figures = EndError.of(errors)
+            rows.append({"evaluations": state.evaluations, "train": float(run.errors.mean()), "held": figures.mean,
+                         "held_median": figures.median})
+            allowed = [row["train"] * config.noises + row["held"] * config.held for row in rows
+                       if row["held"] <= rows[0]["held"]]
+            if len(rows) > 1 and figures.mean <= rows[0]["held"] and allowed[-1] < min(allowed[:-1]):
+                state.after, state.best = list(figures), torch.from_numpy(run.levels)
+        # One noise may decide a mean, and would end the work for no good reason: the median has a say, too.
+        least = max(min(range(len(rows)), key=lambda i: rows[i][name]) for name in ("held", "held_median"))
+        gains = [1 - after["train"] / max(before["train"], TINY) for before, after in zip(rows, rows[1:])]
+        idle = len(rows) - 1 - least >= config.patience or (len(gains) > 1 and max(gains[-2:]) < config.tolerance)
+        limit = max(config.more, config.iterations) if state.evaluations - drawn < config.cheap else config.iterations
+        state.finished = state.finished or idle or len(gains) >= limit
+        state.finished = state.finished or rows[-1]["train"] <= ENOUGH * rows[0]["train"]
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is to be one."""
+        self.state.seconds = time.perf_counter() - self.began
+        if self.checkpoint is not None and self.world.rank == 0:
+            write_state(self.checkpoint, self.state, None if self.given else self.noises, self.settings)
+            self.saved = True
+
+    def restore(self) -> None:
+        """Read the checkpoint; settings must agree."""
+        self.state, drawn = read_state(self.checkpoint, self.settings, self.denoiser.device)
+        self.noises, self.saved = drawn if self.noises is None else self.noises, True
+        self.began -= self.state.seconds

@@ -1,0 +1,200 @@
+"""How far a sampler ends from the exact solution, and how each noise level of its grid moves that end.
+
+Symbols
+-------
+x_K          where the solver ends, on a grid sigma_0 > ... > sigma_K = 0; x_ref where the exact path ends
+residual     r = x_K - x_ref, [M, C, H, W] over M noises
+error        RMS of r over pixels, [M], in units of x
+J            d x_K / d sigma_j, j = 1..K-1, by forward differences through the solver itself
+gram, pull   J^T J and J^T r per noise and pixel, [M, K-1, K-1] and [M, K-1]: all that a least-squares step needs
+
+Moving sigma_j leaves the steps before j as they are, and the first slope of step j too. So a difference starts from
+what the undisturbed run stored there, which halves its cost; it needs neither autograd nor memory that grows with
+the network, and serves every solver, guided or not.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+
+from .denoiser import Denoiser
+from .distributed import ALONE, World
+from .field import full_precision, rms
+from .solvers import Past, Slope, integrate, slope_of
+
+__all__ = ["Noises", "Run", "Travel", "solve_ends"]
+
+Tell = Callable[[], None]
+
+
+class Noises(NamedTuple):
+    """Noises and where their exact paths end."""
+
+    latents: torch.Tensor  # unit normal [M, C, H, W]
+    labels: Optional[torch.Tensor]  # one-hot [M, label_dim]
+    ends: torch.Tensor  # x_ref [M, C, H, W] float64
+
+    def part(self, where: slice) -> "Noises":
+        """Some of them."""
+        return Noises(self.latents[where], None if self.labels is None else self.labels[where], self.ends[where])
+
+    def to(self, device: torch.device) -> "Noises":
+        """The same on another device."""
+        return Noises(*(None if tensor is None else tensor.to(device) for tensor in self))
+
+
+class _Start(NamedTuple):
+    """What a run knows as a step begins."""
+
+    x: torch.Tensor  # [B, C, H, W]
+    past: Past
+    slope: torch.Tensor  # dx/dsigma at x, [B, C, H, W]
+
+
+class Run(NamedTuple):
+    """One run of the sampler over this process's share of the noises."""
+
+    levels: np.ndarray  # [K + 1]
+    errors: np.ndarray  # [M], of all noises, on every process
+    starts: List[List[_Start]]  # [K] for each batch of the share
+    ends: List[torch.Tensor]  # x_K [B, C, H, W] for each batch of the share
+
+
+def _silent() -> None:
+    """Tell nobody."""
+
+
+class _Recorder:
+    """A slope that keeps the first value of the step under way."""
+
+    def __init__(self, slope: Slope) -> None:
+        self.slope, self.first = slope, None
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        value = self.slope(x, sigma)
+        if self.first is None:
+            self.first = value
+        return value
+
+
+class _Replay:
+    """A slope whose first value is known already."""
+
+    def __init__(self, slope: Slope, first: torch.Tensor) -> None:
+        self.slope, self.first = slope, first
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        if self.first is None:
+            return self.slope(x, sigma)
+        value, self.first = self.first, None
+        return value
+
+
+class Travel:
+    """Runs of one solver from the same noises, on any grid.
+
+    Args:
+        batch: noises per evaluation. The processes share out whole batches, so that their number changes no rounding.
+        tell: called between pieces of work; it may raise to end it.
+        world: processes that share the noises; each gets the figures of all.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, solver: str, noises: Noises, batch: int, tell: Tell = _silent, world: World = ALONE
+    ) -> None:
+        self.denoiser, self.solver, self.noises, self.batch = denoiser, solver, noises, batch
+        self.tell, self.world = tell, world
+        self.evaluations = 0  # of all processes
+
+    def _share(self) -> List[slice]:
+        count, batch = len(self.noises.latents), self.batch
+        return [slice(a, min(a + batch, count)) for a in range(self.world.rank * batch, count, self.world.size * batch)]
+
+    def _slope(self, part: slice) -> Slope:
+        labels = self.noises.labels
+        return slope_of(self.denoiser, None if labels is None else labels[part])
+
+    def _sum(self, rows: torch.Tensor, before: int) -> np.ndarray:
+        """Rows [M, n] of all processes; adds up their evaluations."""
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        rows[-1, 0] = self.denoiser.evaluations - before
+        rows = self.world.sum(rows.to(self.world.device)).cpu().numpy()
+        self.evaluations += int(rows[-1, 0])
+        return rows[:-1]
+
+    @torch.no_grad()
+    def run(self, levels: np.ndarray) -> Run:
+        """Take every noise over the levels [K + 1]."""
+        before, errors = self.denoiser.evaluations, torch.zeros(len(self.noises.latents), 1, dtype=torch.float64)
+        starts, ends = [], []
+        with self.world.phase(), full_precision():
+            for part in self._share():
+                x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
+                x, kept = self._recorded(self._slope(part), x, torch.tensor(levels, device=x.device))
+                errors[part, 0] = rms(x - self.noises.ends[part]).cpu()
+                starts.append(kept)
+                ends.append(x)
+                self.tell()
+        return Run(levels, self._sum(errors, before)[:, 0], starts, ends)
+
+    def _recorded(self, slope: Slope, x: torch.Tensor, sigma: torch.Tensor) -> Tuple[torch.Tensor, List[_Start]]:
+        kept, past = [], ()
+        for k in range(len(sigma) - 1):
+            recorder, start = _Recorder(slope), (x, past)
+            x, past = integrate(recorder, x, sigma[k : k + 2], self.solver, past)
+            kept.append(_Start(*start, recorder.first))
+        return x, kept
+
+    @torch.no_grad()
+    def derivatives(self, run: Run, step: float) -> Tuple[np.ndarray, np.ndarray]:
+        """Gram matrices J^T J and pulls J^T r of a run, [M, K-1, K-1] and [M, K-1].
+
+        Args:
+            step: of the differences, as a fraction of the smaller of the two gaps beside a level.
+        """
+        inner, before = len(run.levels) - 2, self.denoiser.evaluations
+        rows = torch.zeros(len(self.noises.latents), inner * (inner + 1), dtype=torch.float64)
+        with self.world.phase(), full_precision():
+            for part, starts, end in zip(self._share(), run.starts, run.ends):
+                columns = self._columns(run.levels, self._slope(part), starts, end, step)  # [B, K-1, d]
+                residual = (end - self.noises.ends[part]).flatten(1)  # [B, d]
+                gram = columns @ columns.transpose(1, 2) / residual.shape[1]
+                pull = (columns @ residual[:, :, None])[:, :, 0] / residual.shape[1]
+                rows[part] = torch.cat([gram.flatten(1), pull], dim=1).cpu()
+        full = self._sum(rows, before)
+        return full[:, : inner * inner].reshape(-1, inner, inner), full[:, inner * inner :]
+
+    def _columns(
+        self, levels: np.ndarray, slope: Slope, starts: List[_Start], end: torch.Tensor, step: float
+    ) -> torch.Tensor:
+        """J of a batch, [B, K-1, d]: each level moved up, and all that follows solved again."""
+        columns, gaps = [], -np.diff(levels)
+        for j in range(1, len(levels) - 1):
+            moved = levels.copy()
+            moved[j] += step * min(gaps[j - 1], gaps[j])
+            start, sigma = starts[j - 1], torch.tensor(moved[j - 1 :], device=end.device)
+            x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self.solver, start.past)
+            columns.append((x - end).flatten(1) / (moved[j] - levels[j]))
+            self.tell()
+        return torch.stack(columns, dim=1)
+
+
+@torch.no_grad()
+def solve_ends(
+    denoiser: Denoiser, latents: torch.Tensor, labels: Optional[torch.Tensor], levels: np.ndarray, solver: str,
+    batch: int, tell: Tell = _silent, world: World = ALONE,
+) -> Tuple[Noises, int]:
+    """Where the paths of `latents` end, by `solver` on fine `levels`, and the evaluations of all processes."""
+    zero = torch.zeros(latents.shape, dtype=torch.float64, device=latents.device)
+    travel = Travel(denoiser, solver, Noises(latents, labels, zero), batch, tell, world)
+    before, ends = denoiser.evaluations, zero.clone()
+    with world.phase(), full_precision():
+        for part in travel._share():
+            x = denoiser.initial(latents[part], float(levels[0])).to(torch.float64)
+            sigma = torch.tensor(levels, device=x.device)
+            ends[part] = integrate(travel._slope(part), x, sigma, solver, on_step=lambda *_: tell())[0]
+    count = world.sum(torch.tensor([float(denoiser.evaluations - before)]).to(world.device))
+    return Noises(latents, labels, world.sum(ends)), int(count)

@@ -1,0 +1,69 @@
+"""`train_schedule.py --refine`: better for its solver, recorded, resumable, refused where it cannot be."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from art_edm.grid import load_grid
+from art_edm.loading import load_network
+from art_edm.solvers import sample
+
+SCRIPT = Path(__file__).parents[1] / "tools" / "train_schedule.py"
+DIRECT = ("--network=gaussian:0.5", "--method=direct", "--trajectories=4", "--quiet")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("train_schedule", SCRIPT)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(tool.main, list(args))
+
+
+def end_error(path: str, solver: str) -> float:
+    """RMS distance to the exact end point sigma_data x / sqrt(sigma_max^2 + sigma_data^2), of other noises."""
+    latents = torch.randn((64, 1, 8, 8), generator=torch.Generator().manual_seed(77), dtype=torch.float64)
+    exact = 0.5 * 80 * latents / np.hypot(80, 0.5)
+    return float((sample(load_network("gaussian:0.5").denoiser, latents, load_grid(path), solver) - exact).square()
+                 .mean().sqrt())
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpmpp2m"])
+def test_the_refined_grid_is_better_for_its_solver(run, solver):
+    assert run(*DIRECT, "--steps=5", "--out=plain.npy").exit_code == 0
+    result = run(*DIRECT, "--steps=5", "--out=refined.npy", "--refine", f"--solver={solver}")
+    assert result.exit_code == 0, result.stderr
+    assert end_error("refined.npy", solver) < 0.7 * end_error("plain.npy", solver)
+    record = json.loads(Path("refined.json").read_text())
+    refined = record["refined"]
+    assert refined["error_after"]["mean"] < 0.7 * refined["error_before"]["mean"]
+    assert refined["settings"]["solver"] == solver
+    assert record["evaluations_by_stage"]["refine"] == refined["evaluations"] > 0
+    assert record["evaluations"] == sum(record["evaluations_by_stage"].values())
+    assert sorted(os.listdir()) == ["plain.json", "plain.npy", "refined.json", "refined.npy"]  # no state is left
+
+
+def test_several_share_their_noises_and_say_what_was_gained(run):
+    result = run(*DIRECT[:-1], "--steps=3,4", "--out=g{steps}.npy", "--refine")
+    assert result.exit_code == 0, result.stderr
+    assert result.output.count("end-point error of heun on noises held out: ") == 2
+    one = run(*DIRECT, "--steps=4", "--out=alone.npy", "--refine")
+    assert one.exit_code == 0 and Path("alone.npy").read_bytes() == Path("g4.npy").read_bytes()
+    evaluations = [json.loads(Path(name).read_text())["evaluations_by_stage"]["refine"] for name in
+                   ("g3.json", "alone.json")]
+    assert evaluations[0] < 2 * evaluations[1]
+
+
+def test_what_cannot_be_refined_is_refused_before_any_work(run):
+    result = run("--network=gaussian:0.5", "--refine", "--solver=rk5")
+    assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
+    assert os.listdir() == []
