@@ -23,6 +23,7 @@ class TrainConfig:
     tolerance: float = 0.002  # a third of them will do where they leave J/J* no further off than this; 0: all
     points: int = 85  # P, noise levels on each
     shared: bool = True  # difference D from level to level, M P evaluations; False: about each level, 3 M P
+    solver: Optional[str] = None  # measure that solver's local errors C_p in place of |Q|, Euler's in the limit
     clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
     clock_sigma_data: Optional[float] = None  # of the Gaussian clock; None: the denoiser's own
     rounds: int = 2  # times to start again from the learned clock
@@ -42,7 +43,7 @@ class TrainConfig:
     sees: str = "time"  # what the policy's network sees: time; path: s, too; state: q of the sample, too
     arrive: bool = True  # the policy's mean speed is relative to the one that arrives in time
     penalty: float = 20.0  # quadratic terminal term
-    multiplier: float = -2.0  # gamma at the start; -2 c is its value at the optimum
+    multiplier: float = -2.0  # gamma at the start; -2 c is its value at the optimum, -(p + 1) c of order p
     multiplier_rate: float = 0.3  # step of (30)
     actor_rate: float = 6e-3
     critic_rate: float = 1e-2
@@ -50,6 +51,15 @@ class TrainConfig:
     optimizer: str = "adam"  # adam; sgd: the plain steps of (29)
     decay: bool = True  # steps shrink linearly within a round
     keep: int = 9600  # M of the distillation: the last trajectories averaged, here of 50 iterations
+
+    def check(self) -> None:
+        """Raise a ValueError for settings that contradict each other."""
+        if self.batch % self.repeats or (self.baseline and self.batch == 1):
+            found = f"batch is {self.batch} with repeats = {self.repeats}, baseline = {self.baseline}"
+            raise ValueError(f"{found}; expected a multiple of repeats, and at least 2 for a baseline")
+        if self.solver is not None and self.rollout == "live":
+            expected = "expected cached ones; live rollouts measure |Q| alone"
+            raise ValueError(f"found live rollouts for the errors of {self.solver}, {expected}")
 
 
 _DEFAULT = TrainConfig()

@@ -3,7 +3,8 @@
 Symbols (s, v, q as in policy.py; cost in units of `unit`, which is c^2 or 1)
 -------
 tau     sampling clock as a fraction, tau_k = k / N
-q       |Q| rate^2 / unit, the running cost's weight: cost of a step = dt v^2 (mean of q over the step)
+q       |Q| rate^2 / unit, the running cost's weight: cost of a step = dt v^2 (mean of q over the step);
+        for a solver of order p, C_p rate^(p + 1) / unit, and the cost has v^(p + 1)
 horizon length of the sampling clock in the units of the rewards: 1 when normalised, T in the paper's form
 
 *Live*: the denoiser is called in every rollout. *Cached*: |Q| is interpolated from dense trajectories,
@@ -57,7 +58,10 @@ class CachedEnvironment(Environment):
     def __init__(self, profile: Profile, clock: Clock, unit: float, resolution: int = 2048) -> None:
         super().__init__(clock, unit)
         s = np.linspace(0, 1, resolution + 1)
-        self.table = np.sqrt(profile.norms(clock.sigma(s)) / unit) * clock.rate(s)  # [M, resolution + 1]
+        self.power = profile.order + 1
+        norms = profile.norms(clock.sigma(s)) / unit
+        root = np.sqrt(norms) if self.power == 2 else norms ** (1 / self.power)
+        self.table = root * clock.rate(s)  # [M, resolution + 1]
         self.flat, self.rise = self.table.ravel(), np.diff(self.table, append=0).ravel()
         self.resolution = resolution
 
@@ -71,7 +75,8 @@ class CachedEnvironment(Environment):
         position = np.minimum(np.maximum(self.s * self.resolution, 0), self.resolution - 1e-6)  # np.clip is slower
         left = position.astype(np.int64)
         index = self.offset + left
-        return np.square(self.flat.take(index) + self.rise.take(index) * (position - left))
+        root = self.flat.take(index) + self.rise.take(index) * (position - left)
+        return np.square(root) if self.power == 2 else root**self.power
 
     def move(self, ds: np.ndarray) -> None:
         self.s = self.s + ds
@@ -154,6 +159,7 @@ class RolloutSettings(NamedTuple):
     simpson: bool  # weigh a step by Simpson's rule rather than by q where it starts
     repeats: int  # rollouts of each noise
     antithetic: bool = False  # half of the repeats explore in the opposite direction
+    order: int = 1  # p: the cost is q v^(p + 1)
 
 
 class Trajectory(NamedTuple):
@@ -202,7 +208,8 @@ def rollout(
             env.move(action * dtau)
             q = env.weight() if more else q
             average = start
-        for name, value in zip(rows, (action, start, average * np.square(action) * (dtau * settings.horizon))):
+        power = np.square(action) if settings.order == 1 else np.abs(action) ** (settings.order + 1)
+        for name, value in zip(rows, (action, start, average * power * (dtau * settings.horizon))):
             rows[name].append(value)
         path.append(env.s)
     s, stacked = np.stack(path), {name: torch.from_numpy(np.stack(values)) for name, values in rows.items()}

@@ -26,7 +26,7 @@ from .training import TrainResult, train
 
 __all__ = ["Run", "learn"]
 
-_METHOD = 3  # raised whenever the same settings would give other numbers
+_METHOD = 4  # raised whenever the same settings would give other numbers
 
 
 class Run(NamedTuple):
@@ -77,7 +77,8 @@ def _content(result: TrainResult) -> Dict[str, np.ndarray]:
     """All of a result as arrays."""
     profile = result.profile
     content = {
-        "sigma": profile.sigma, "norm": profile.norm, "profile_clock": _base(profile.clock),
+        "sigma": profile.sigma, "norm": profile.norm, "order": np.int64(profile.order),
+        "profile_clock": _base(profile.clock),
         "terminal_error": np.float64(result.terminal_error or 0.0),
     }
     for name in ("evaluations", "seconds"):
@@ -118,7 +119,7 @@ def _run(content: Dict[str, np.ndarray]) -> Run:
         if dot and kind in named:
             named[kind][name] = value if kind == "history" else value.item()
     profile = Profile(_clock(content["profile_clock"]), content["sigma"], content["norm"],
-                      named["evaluations"]["profile"], named["seconds"]["profile"])
+                      named["evaluations"]["profile"], named["seconds"]["profile"], int(content["order"]))
     learned = None
     if "mean" in content:
         clock = _clock(content["base"])

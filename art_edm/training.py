@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -27,12 +28,14 @@ from .devices import few_threads
 from .distill import LearnedClock, distill
 from .distributed import ALONE, World
 from .field import NonFiniteOutput, choose_step
+from .local_errors import measure_errors, order_of
 from .optimizer import Adam, Sgd
 from .policy import Critic, Policy
 from .profile import Profile
 from .progress import GracefulStop, Progress, Stopped
 from .seeding import seeded_generator
-from .trajectories import measure_enough
+from .solvers import nfe
+from .trajectories import measure_along, measure_enough, measure_profile
 
 __all__ = ["CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "live", "train"]
 
@@ -69,9 +72,7 @@ def train(
         CheckpointMismatch: the checkpoint is of other settings.
         ValueError: settings that contradict each other.
     """
-    if config.batch % config.repeats or (config.baseline and config.batch == 1):
-        found = f"batch is {config.batch} with repeats = {config.repeats}, baseline = {config.baseline}"
-        raise ValueError(f"{found}; expected a multiple of repeats, and at least 2 for a baseline")
+    config.check()
     run = _Run(denoiser, config, identity, checkpoint, quiet, world)
     if resume and checkpoint is not None and world.share(checkpoint.exists()):
         with world.phase():
@@ -98,7 +99,9 @@ class _Run:
         self.denoiser, self.config, self.checkpoint, self.quiet = denoiser, config, checkpoint, quiet
         self.world, self.live = world, config.rollout == "live"
         self.settings = {**asdict(config), "network": identity}
-        self.state, self.last_save = State(gamma=config.multiplier), time.monotonic()
+        self.order = 1 if config.solver is None else order_of(config.solver)
+        gamma = config.multiplier * (self.order + 1) / 2
+        self.state, self.last_save = State(gamma=gamma), time.monotonic()
         sigma_data = config.clock_sigma_data or denoiser.sigma_data
         self.base = make_clock(config.clock, denoiser.sigma_max, sigma_data)
         self.step_evaluations = self._prepare()
@@ -124,7 +127,9 @@ class _Run:
         generator = seeded_generator(config.seed, 1 << 30)  # iterations count up from 0
         latents = torch.randn((config.trajectories, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
         labels = self.denoiser.draw_labels(config.trajectories, generator)
-        cost = 1 if config.shared else 3
+        method, cost = (measure_along, 1) if config.shared else (measure_profile, 3)
+        if config.solver is not None:
+            method, cost = partial(measure_errors, solver=config.solver), nfe(config.solver, 2) - 1
         progress = Progress(cost * config.trajectories * config.points, "profile, images", self.quiet)
 
         def on_step(done: int) -> None:
@@ -135,7 +140,7 @@ class _Run:
 
         self.state.profile = measure_enough(
             self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points, labels, on_step,
-            self.world, config.shared, config.tolerance,
+            self.world, method, config.tolerance,
         )
         progress.close()
         self.save()
@@ -254,9 +259,10 @@ class _Run:
         chosen = config.exploration**2 * profile.optimum / profile.horizon
         temperature = (chosen if config.temperature is None else config.temperature) / self._unit()
         horizon = 1.0 if config.normalise else profile.horizon
-        antithetic = config.antithetic and config.repeats % 2 == 0
+        antithetic, p = config.antithetic and config.repeats % 2 == 0, self.order
         return RolloutSettings(
-            config.train_steps, temperature, config.epsilon, horizon, config.simpson, config.repeats, antithetic
+            config.train_steps, temperature * 2 / (p * (p + 1)),  # near v = 1 the cost curves by q p (p + 1)
+            config.epsilon, horizon, config.simpson, config.repeats, antithetic, p,
         )
 
     def _paths(self) -> np.ndarray:

@@ -22,7 +22,10 @@ from .distributed import ALONE, World
 from .field import Surrogate, evaluate, rms, surrogate
 from .profile import TINY, Profile
 
-__all__ = ["BATCH", "advance", "measure_along", "measure_enough", "measure_profile", "place_points"]
+__all__ = [
+    "BATCH", "OnStep", "advance", "extrapolated", "measure_along", "measure_enough", "measure_profile", "place_points",
+    "supported_levels", "travel",
+]
 
 OnStep = Callable[[int], None]
 BATCH = 8  # few enough for several processes to have some, enough for a network to be busy
@@ -60,8 +63,9 @@ def place_points(clock: Clock, sigma_min: float, points: int) -> np.ndarray:
     return levels
 
 
-def _supported(denoiser: Denoiser, levels: np.ndarray) -> np.ndarray:
-    """The levels [P] rounded to those the denoiser supports, each once, still from high to low."""
+def supported_levels(denoiser: Denoiser, clock: Clock, points: int) -> np.ndarray:
+    """`place_points` rounded to the levels the denoiser supports, each once, still from high to low."""
+    levels = place_points(clock, denoiser.sigma_min, points)
     rounded = denoiser.round_sigma(torch.from_numpy(levels)).cpu().numpy()
     return np.unique(rounded)[::-1].copy()
 
@@ -83,7 +87,7 @@ def measure_profile(
     Raises:
         NonFiniteOutput: the denoiser returned NaN or infinity; the message names the noise level.
     """
-    levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
+    levels = supported_levels(denoiser, clock, points)  # [P]
 
     def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
         columns, check = [], FiniteCheck(x.device)
@@ -98,7 +102,7 @@ def measure_profile(
         return torch.stack(columns, dim=1)  # [b, P]
 
     began = time.perf_counter()
-    norm, evaluations = _travel(denoiser, latents, clock, norms, len(levels), batch, class_labels, on_step, world)
+    norm, evaluations = travel(denoiser, latents, clock, norms, len(levels), batch, class_labels, on_step, world)
     return Profile(clock, levels, norm, evaluations, time.perf_counter() - began)
 
 
@@ -113,7 +117,7 @@ def measure_along(
     on to the next level. The two ends are extrapolated, linearly in log-log; where |Q| is zero, or there is one
     interval alone, they are held constant.
     """
-    levels = _supported(denoiser, place_points(clock, denoiser.sigma_min, points))  # [P]
+    levels = supported_levels(denoiser, clock, points)  # [P]
 
     def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
         columns, slopes, before, check = [], [torch.zeros_like(x)], None, FiniteCheck(x.device)
@@ -124,31 +128,33 @@ def measure_along(
                 columns.append(rms(slopes[-1]) / (level * levels[k - 1]) ** 0.5)
             if k + 1 < len(levels):
                 sigma, target = x.new_full((len(x),), level), x.new_full((len(x),), levels[k + 1])
-                x = advance(x, Surrogate(denoised, _ahead(slopes, levels, k), None), sigma, target)
+                x = advance(x, Surrogate(denoised, extrapolated(slopes, levels, k), None), sigma, target)
             before = denoised
             tell()
         check.settle()
         return torch.stack(columns, dim=1)  # [b, P - 1]
 
     began = time.perf_counter()
-    norm, evaluations = _travel(denoiser, latents, clock, norms, len(levels) - 1, batch, class_labels, on_step, world)
+    norm, evaluations = travel(denoiser, latents, clock, norms, len(levels) - 1, batch, class_labels, on_step, world)
     return Profile(clock, *_with_ends(levels, norm), evaluations, time.perf_counter() - began)
 
 
 def measure_enough(
     denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, class_labels: Optional[torch.Tensor] = None,
-    on_step: Optional[OnStep] = None, world: World = ALONE, shared: bool = True, tolerance: float = 0.0,
+    on_step: Optional[OnStep] = None, world: World = ALONE, method: Callable[..., Profile] = measure_along,
+    tolerance: float = 0.0,
 ) -> Profile:
     """A profile of the first third of the latents, and of the others only where it leaves its optimum uncertain.
 
-    Arguments as of `measure_along` (`shared`) or `measure_profile`, the batch as memory allows.
+    Arguments as of `measure_along`, the batch as memory allows.
 
     Args:
+        method: `measure_along`, or another of its kind.
         tolerance: how far, as J/J* - 1, the few may be off for the others to be spared; 0 measures all.
     """
     few, labels = len(latents) // 3, class_labels
     parts = [slice(0, few), slice(few, None)] if tolerance and few >= ENOUGH else [slice(None)]
-    measured, found = measure_along if shared else measure_profile, None
+    found: Optional[Profile] = None
     batch = profile_batch(denoiser, len(latents), BATCH, world)
     for part in parts:
         before = found.evaluations if found else 0
@@ -159,7 +165,7 @@ def measure_enough(
 
         def measure(batch: int, part: slice = part) -> Profile:
             some = None if labels is None else labels[part]
-            return measured(denoiser, latents[part], clock, points, batch, some, tell, world)
+            return method(denoiser, latents[part], clock, points, batch, some, tell, world)
 
         more = with_back_off(measure, batch, denoiser.device)
         found = found.joined(more) if found else more
@@ -168,7 +174,7 @@ def measure_enough(
     return found
 
 
-def _travel(
+def travel(
     denoiser: Denoiser, latents: torch.Tensor, clock: Clock, norms: Callable[..., torch.Tensor], width: int, batch: int,
     class_labels: Optional[torch.Tensor], on_step: Optional[OnStep], world: World,
 ) -> Tuple[np.ndarray, int]:
@@ -191,7 +197,7 @@ def _travel(
     return full[:-1], int(full[-1, 0])
 
 
-def _ahead(slopes: List[torch.Tensor], levels: np.ndarray, k: int) -> torch.Tensor:
+def extrapolated(slopes: List[torch.Tensor], levels: np.ndarray, k: int) -> torch.Tensor:
     """dD/dsigma in the middle of the step from level k, on the line through those of the two steps before."""
     if k < 2:  # the first of all slopes is none that was measured
         return slopes[-1]

@@ -16,7 +16,7 @@ LAYERS: Dict[int, str] = {
     0: "denoiser grid clock policy frechet pickles upstream_sources images download cells result multistep",
     1: "analytic unet features field adapters mnist pickled_tensors trusted_pickle distributed devices interop profile",
     2: "solvers trajectories pretrain pickled_data",
-    3: "upstream checkpoint control evaluation network_pickle references sensitivity",
+    3: "upstream checkpoint control evaluation network_pickle references sensitivity local_errors",
     4: "actor_critic distill loading refine_state",
     5: "training detectors plots image_fields refine benchmarks_networks",
     6: "cli feature_stats tables learned benchmarks",

@@ -64,7 +64,7 @@ def test_schedules_and_optimum_against_the_oracle(name, monkeypatch):
     assert excess(measure_profile(model, z, clock, 64), reference) == pytest.approx(0, abs=1e-4)  # the oracle's own
     # Twins: the difference's norm without the division by sigma; a path that goes on with the slope of the step before.
     assert excess(Profile(clock, coarse.sigma, coarse.norm * coarse.sigma, 0, 0.0), reference) > 5e-2
-    monkeypatch.setattr(profile_module, "_ahead", lambda slopes, levels, k: slopes[-1])
+    monkeypatch.setattr(profile_module, "extrapolated", lambda slopes, levels, k: slopes[-1])
     lagging = measure_along(model, z, clock, 64)
     assert abs(lagging.optimum / reference.optimum - 1) > 10 * errors[0]
     assert excess(lagging, reference) > 10 * abs(excess(coarse, reference))

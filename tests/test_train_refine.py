@@ -67,3 +67,18 @@ def test_what_cannot_be_refined_is_refused_before_any_work(run):
     result = run("--network=gaussian:0.5", "--refine", "--solver=rk5")
     assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
     assert os.listdir() == []
+
+
+def test_the_objective_of_a_solver_gives_a_clock_for_it(run):
+    """Heun's own local errors in place of |Q|: better for Heun in few steps, and worse for Euler."""
+    assert run(*DIRECT, "--steps=3", "--out=plain.npy").exit_code == 0
+    result = run(*DIRECT, "--steps=3", "--out=heun.npy", "--objective=solver")
+    assert result.exit_code == 0, result.stderr
+    assert end_error("heun.npy", "heun") < 0.6 * end_error("plain.npy", "heun")
+    assert end_error("heun.npy", "euler") > end_error("plain.npy", "euler")
+    assert json.loads(Path("heun.json").read_text())["settings"]["solver"] == "heun"
+
+
+def test_a_solver_s_errors_are_not_measured_live(run):
+    result = run("--network=gaussian:0.5", "--objective=solver", "--rollout=live")
+    assert result.exit_code == 2 and "cached" in result.stderr and result.stderr.count("\n") == 1

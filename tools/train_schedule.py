@@ -78,18 +78,19 @@ def configure(preset: str, given: Dict[str, Any]) -> Any:
               help="Dense trajectories.  [default: the preset's]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of all randomness.")
 @click.option("--device", default="auto", show_default=True, help="Where the denoiser runs: auto, cpu, cuda, ...")
+@click.option("--objective", type=click.Choice(["art", "solver"]), default="art", show_default=True,
+              help="Sum of |Q| theta^2, as in the paper, or of the local errors of --solver.")
 @click.option("--refine", is_flag=True,
               help="Then move the levels to where --solver ends nearest to the exact solution.")
 @click.option("--solver", default="heun", show_default=True, metavar="NAME",
-              help="Of --refine: euler, heun, rk4, dpmpp2m, ipndm2, ipndm3 or ipndm.")
+              help="Of --objective=solver and --refine: euler, heun, rk4, dpmpp2m, ipndm2, ipndm3 or ipndm.")
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 @click.option("--plot", is_flag=True, help="Draw the clock and the grids beside the .npy, as .png.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def main(
     network: str, gnet: Optional[str], guidance: float, class_idx: Optional[int], trust_pickle: bool,
-    steps: Tuple[int, ...], out: Optional[str], preset: str, device: str, refine: bool, solver: str, resume: bool,
-    plot: bool, quiet: bool,
-    **given: Any,
+    steps: Tuple[int, ...], out: Optional[str], preset: str, device: str, objective: str, refine: bool, solver: str,
+    resume: bool, plot: bool, quiet: bool, **given: Any,
 ) -> None:
     """Learn a timestep grid for a denoiser and score it against the exact optimum.
 
@@ -104,6 +105,7 @@ def main(
 
     from art_edm.distributed import world
     from art_edm.loading import load_network
+    from art_edm.local_errors import order_of
     from art_edm.plots import check_plotting
     from art_edm.refine import check_refinable
 
@@ -116,6 +118,10 @@ def main(
             if plot:
                 check_plotting()
             config = configure(preset, given)
+            if objective == "solver":
+                order_of(solver)
+                config = replace(config, solver=solver)
+            config.check()
             if refine:
                 check_refinable(loaded.denoiser, solver)
         job = Job(loaded, load_seconds, resume, plot, quiet, here, solver if refine else None)
