@@ -40,7 +40,7 @@ class State:
 
 
 def write_checkpoint(path: Path, state: State, settings: Dict[str, Any]) -> None:
-    """Write `state` and the settings it belongs to, atomically."""
+    """Write `state` and the settings it belongs to, atomically; an OSError (a full disk) says what is kept."""
     content: Dict[str, Any] = {name: getattr(state, name) for name in _PLAIN}
     for name in _ARRAYS:
         content[name] = [torch.from_numpy(array.copy()) for array in getattr(state, name)]
@@ -49,10 +49,17 @@ def write_checkpoint(path: Path, state: State, settings: Dict[str, Any]) -> None
         p = state.profile
         content["profile"] = {
             "sigma": torch.from_numpy(p.sigma), "norm": torch.from_numpy(p.norm), "evaluations": p.evaluations,
-            "seconds": p.seconds,
+            "seconds": p.seconds, "order": p.order,
         }
     content["settings"] = settings
-    save_tensors(path, content)
+    try:
+        save_tensors(path, content)
+    except OSError as error:
+        kept = "the one before is kept" if path.exists() else "there is none yet"
+        raise OSError(
+            f"cannot write the checkpoint {path}: {error.strerror or error}; {kept}; make room and run again "
+            "with --resume"
+        ) from None
 
 
 def read_checkpoint(path: Path, settings: Dict[str, Any], clock: Clock) -> "tuple[State, Dict[str, Any]]":
@@ -81,5 +88,6 @@ def read_checkpoint(path: Path, settings: Dict[str, Any], clock: Clock) -> "tupl
         setattr(state, name, [tensor.numpy() for tensor in content[name]])
     if "profile" in content:
         p = content["profile"]
-        state.profile = Profile(clock, p["sigma"].numpy(), p["norm"].numpy(), p["evaluations"], p["seconds"])
+        plain = (p[name] for name in ("evaluations", "seconds", "order"))
+        state.profile = Profile(clock, p["sigma"].numpy(), p["norm"].numpy(), *plain)
     return state, content["parts"]

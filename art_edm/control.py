@@ -131,7 +131,9 @@ class LiveEnvironment(Environment):
             norms[self.mine], failed = float("nan"), error
         norms = self.world.sum(norms.to(self.world.device)).cpu()
         if norms.isnan().any():
-            raise failed or NonFiniteOutput("another process's network returned NaN or infinity")
+            level = float(self.clock.sigma(self.s[int(norms.isnan().nonzero()[0])].clip(0, self.floor)))
+            found = f"another process's network returned NaN or infinity near sigma = {level:.6g}"
+            raise failed or NonFiniteOutput(found)
         return norms.numpy() * np.square(self.clock.rate(self.s.clip(0, 1))) / self.unit
 
     def move(self, ds: np.ndarray) -> None:

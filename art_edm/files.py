@@ -7,8 +7,14 @@ import io
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Union
+from typing import Any, BinaryIO, Callable, Tuple, Union
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["atomic_write", "cache_dir", "check_destination", "save_tensors", "sha256_of", "write_json"]
 
@@ -19,10 +25,11 @@ def atomic_write(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
     """Call `write` on a temporary file beside `path`, then rename it into place.
 
     A reader sees the old file or the new one, never a part; on any error (a full disk too) the old
-    file stays as it was and the temporary one is removed.
+    file stays as it was and the temporary one is removed. What a killed process left of it, the next one uses.
     """
     path = Path(path)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    handle, part = _open_part(path)
+    lock = os.dup(handle) if fcntl else None  # keeps others away until the file has its name
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -31,9 +38,35 @@ def atomic_write(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
         os.chmod(part, 0o666 & ~_umask())  # mkstemp makes files private; ours are ordinary ones
         os.replace(part, path)
     except BaseException:
-        if os.path.exists(part):
+        with suppress(FileNotFoundError):
             os.unlink(part)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _open_part(path: Path) -> Tuple[int, str]:
+    """An empty temporary file beside `path` that is this process's alone, open for writing, and its name.
+
+    Its name is always the same, so that no number of killed processes leaves more than one; another only where
+    that one is in use, someone else's, or cannot be locked.
+    """
+    part = path.with_name(f".{path.name}.part")
+    if fcntl:
+        with suppress(OSError):
+            handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine, named = os.fstat(handle), os.stat(part)  # it may just have got its final name
+                if mine.st_ino == named.st_ino and mine.st_nlink == 1 and mine.st_uid == os.geteuid():
+                    os.ftruncate(handle, 0)
+                    return handle, str(part)
+            except OSError:
+                os.close(handle)
+                raise
+            os.close(handle)
+    return tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
 
 
 def _umask() -> int:

@@ -35,6 +35,8 @@ class Progress:
     def update(self, done: int, note: str = "") -> None:
         """Show that `done` steps are finished; at most ten times a second."""
         now = time.monotonic()
+        if now < max(self.last, self.began):  # the clock jumped back: count anew from here
+            self.began, self.last, self.start = now, now, done
         if not self.shown or (now - self.last < 0.1 and done < self.total):
             return
         self.last = now

@@ -100,8 +100,7 @@ class _Run:
         self.world, self.live = world, config.rollout == "live"
         self.settings = {**asdict(config), "network": identity}
         self.order = 1 if config.solver is None else order_of(config.solver)
-        gamma = config.multiplier * (self.order + 1) / 2
-        self.state, self.last_save = State(gamma=gamma), time.monotonic()
+        self.state, self.last_save = State(gamma=config.multiplier * (self.order + 1) / 2), time.monotonic()
         sigma_data = config.clock_sigma_data or denoiser.sigma_data
         self.base = make_clock(config.clock, denoiser.sigma_max, sigma_data)
         self.step_evaluations = self._prepare()
@@ -180,13 +179,13 @@ class _Run:
             while state.iteration < end:
                 rate = 1 - (state.iteration - start) / (end - start) if config.decay else 1.0
                 self._iterate(env, settings, max(rate, 0.02))
-                state.seconds = time.monotonic() - began
+                state.seconds = max(state.seconds, time.monotonic() - began)  # a clock may jump
                 state.evaluations = self.denoiser.evaluations - before
                 progress.update(state.iteration, f"terminal error {state.history[-1]['error']:+.3f}")
                 if self._asked(stop):
                     progress.close()
                     self._stop(f"after {state.iteration} of {config.iterations} iterations")
-                if time.monotonic() - self.last_save > SAVE_SECONDS:
+                if not 0 <= time.monotonic() - self.last_save <= SAVE_SECONDS:
                     self.save()
         progress.close()
 
