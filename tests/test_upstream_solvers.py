@@ -97,8 +97,8 @@ upstream.solve("ipndm", [1.0, 0.0], lambda x, t: x, torch.ones(1, 1, 1, 1), torc
 print(*sorted(m for m in sys.modules if m.split(".")[0] in ("art_edm", "scipy", "requests", "PIL")))
 """
     output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert output.split() == ["False", "art_edm", "art_edm.denoiser", "art_edm.files", "art_edm.grid",
-                              "art_edm.multistep", "art_edm.solvers", "art_edm.upstream"]
+    assert output.split() == ["False", "art_edm", *(f"art_edm.{name}" for name in (
+        "denoiser", "devices", "files", "grid", "multistep", "progress", "solvers", "upstream"))]
 
 
 # --- solve -------------------------------------------------------------------------------------------
