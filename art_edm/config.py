@@ -20,10 +20,10 @@ class TrainConfig:
     preset: str = "default"  # where the other values came from
     seed: int = 0
     trajectories: int = 24  # M, dense trajectories of the profile, at most
-    tolerance: float = 0.002  # a third of them will do where they leave J/J* no further off than this; 0: all
+    tolerance: float = 0.002  # a third will do if J/J* is no further off; where paths jump, many of few points; 0: all
     points: int = 85  # P, noise levels on each
     shared: bool = True  # difference D from level to level, M P evaluations; False: about each level, 3 M P
-    solver: Optional[str] = None  # measure that solver's local errors C_p in place of |Q|, Euler's in the limit
+    solver: Optional[str] = None  # measure a solver's local errors C_p in place of |Q|; sde: those of the reverse SDE
     clock: str = "gaussian"  # base clock: gaussian, linear (the paper's form), edm
     clock_sigma_data: Optional[float] = None  # of the Gaussian clock; None: the denoiser's own
     rounds: int = 2  # times to start again from the learned clock

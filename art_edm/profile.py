@@ -18,16 +18,21 @@ holds with the power p + 1 for 2, its root for the square root, and J* = c^(p + 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Sequence
 
 import numpy as np
 
 from .clock import Clock
 from .grid import Grid
 
-__all__ = ["TINY", "Profile"]
+__all__ = ["TINY", "Profile", "smoothed"]
 
 FINE = 8192  # intervals of the quadratures; their cost is nothing
 TINY = 1e-30  # |Q| is exactly zero where an empirical posterior has settled on one image
+KNOTS = 128  # intervals of a smoothed profile
+REACH = 0.05  # share of the clock over which a trajectory's |Q| is one and the same piece of evidence
+FLOOR = 1e-6  # least w, in units of the optimum's c^2: no clock may lose itself in what M trajectories did not see
+STIFFNESS = 2e-7  # of log q, which changes its bend no faster than the evidence asks for
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,20 @@ class Profile:
         crossed = [b.cost(a.direct(FINE).values) / b.optimum - 1 for a, b in (halves, halves[::-1])]
         return max(float(np.mean(crossed)), 0.0) / 4
 
+    @property
+    def largest_share(self) -> float:
+        """Of all trajectories' |Q| at one level, the most that a single one has at any level: 1 / M if all agree."""
+        return float((self.norm.max(axis=0) / np.maximum(self.norm.sum(axis=0), TINY)).max())
+
     def joined(self, other: "Profile") -> "Profile":
         """The trajectories of both, which have the same levels."""
         evaluations, seconds = self.evaluations + other.evaluations, self.seconds + other.seconds
         norm = np.concatenate([self.norm, other.norm])
         return replace(self, norm=norm, evaluations=evaluations, seconds=seconds, _fine={})
+
+    def averaged(self) -> "Profile":
+        """One trajectory that has the mean of all: the same q, J and J*, and no price."""
+        return replace(self, norm=self.norm.mean(axis=0, keepdims=True), _fine={})
 
     def mean(self, sigma: np.ndarray) -> "tuple[np.ndarray, np.ndarray]":
         """q at noise levels [n] and its standard error over trajectories."""
@@ -139,6 +153,11 @@ class Profile:
         theta = -np.diff(values) * (len(values) - 1) / self.horizon
         return float(np.sum(theta**self.order * integral))
 
+    def optimal_fraction(self, s: np.ndarray) -> np.ndarray:
+        """How much of its time the optimum has spent when the base clock is at fraction s."""
+        table = self._table()
+        return np.interp(s, table["s"], table["root"]) / table["root"][-1]
+
     def direct(self, num_steps: int) -> Grid:
         """The grid that equidistributes int sqrt(q): the optimum, without learning."""
         table = self._table()
@@ -150,3 +169,65 @@ class Profile:
 def _cumulative(values: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Trapezoidal integral from s[0] to each s."""
     return np.concatenate([[0.0], np.cumsum(np.diff(s) * (values[1:] + values[:-1]) / 2)])
+
+
+def smoothed(parts: Sequence[Profile]) -> Profile:
+    """One profile of all trajectories, whose mean is the likeliest smooth q instead of the plain mean.
+
+    Where a few late jumps make up q, their plain mean is zero wherever none of the M trajectories happens to jump,
+    and its optimum rushes through. With w = q rate^(p + 1), the weight in the base clock, this takes the w that
+    minimises
+
+        (M / REACH) int (w - <w> log w) / phi ds + STIFFNESS int (d^3 log w / ds^3)^2 ds,     phi = <w^2> / <w>:
+
+    <> is the mean over trajectories (in phi of a neighbourhood, too) and phi / M what one of them alone adds to it.
+    The first term is the likelihood of counts: zero among M trajectories says that w is less than about phi / M,
+    and no more. The second term is zero for every w = exp(a + b s + c s^2): an exponential or a normal tail goes on
+    as it began. A field of many equal trajectories has so much evidence that the second term changes nothing.
+
+    Each trajectory keeps its share of the mean. The parts may have levels of their own.
+    """
+    first = parts[0]
+    s = np.linspace(0, float(first.clock.fraction(first.sigma[-1])), KNOTS + 1)
+    sigma = first.clock.sigma(s)
+    sigma[0], sigma[-1] = first.sigma[0], first.sigma[-1]
+    norm = np.concatenate([part.norms(sigma) for part in parts])  # [M, KNOTS + 1]
+    rate = first.clock.rate(s) ** (first.order + 1)
+    mean = norm.mean(axis=0)
+    q = _likely(norm * rate, s[1]) / rate
+    share = np.where(mean > 10 * TINY, norm / np.maximum(mean, TINY), 1.0)
+    evaluations, seconds = (sum(getattr(part, name) for part in parts) for name in ("evaluations", "seconds"))
+    return replace(first, sigma=sigma, norm=q * share, evaluations=evaluations, seconds=seconds, _fine={})
+
+
+def _likely(weights: np.ndarray, step: float) -> np.ndarray:
+    """The w of `smoothed`, [n], of trajectories' [M, n] at knots `step` apart: convex in log w, by Newton's method."""
+    count, knots = weights.shape
+    unit = weights.mean()
+    weights = weights / unit
+    mean = weights.mean(axis=0)
+    near = np.exp(-np.abs(np.subtract.outer(np.arange(knots), np.arange(knots))) * step / REACH)
+    near = near / near.sum(axis=1, keepdims=True)
+    alone = (near @ np.square(weights).sum(axis=0)) / np.maximum(near @ weights.sum(axis=0), TINY)  # phi
+    evidence = count * step / REACH / np.maximum(alone, 1e-9)
+    bend = np.diff(np.eye(knots), n=3, axis=0)
+    stiff = 2 * STIFFNESS / step**5 * (bend.T @ bend)
+    log_w = np.log(np.maximum(near @ mean, 1e-4))
+
+    def loss(log_w: np.ndarray) -> float:
+        return float(evidence @ (np.exp(log_w) - mean * log_w) + log_w @ stiff @ log_w / 2)
+
+    now = loss(log_w)
+    for _ in range(100):
+        w = np.exp(log_w)
+        slope = evidence * (w - mean) + stiff @ log_w
+        change = np.linalg.solve(np.diag(evidence * w + 1e-9) + stiff, -slope)
+        change = change * min(1, 3 / np.abs(change).max())
+        while loss(log_w + change) > now and np.abs(change).max() > 1e-9:
+            change = change / 2
+        log_w, before = log_w + change, now
+        now = loss(log_w)
+        if before - now < 1e-9 * max(abs(now), 1):
+            break
+    w = np.exp(log_w)
+    return (w + FLOOR * np.sqrt(w).mean() ** 2) * unit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -21,16 +21,15 @@ import torch
 from . import descent
 from .denoiser import Denoiser, NonFiniteOutput
 from .distributed import ALONE, World
-from .grid import Grid, edm, edm_unpinned
-from .progress import GracefulStop, Progress, Stopped
+from .exact_ends import draw, draw_noises, teller
+from .grid import Grid
+from .progress import GracefulStop, Stopped
 from .refine_state import Drawn, EndError, RefineConfig, RefineState, read_state, write_state
-from .seeding import seeded_generator
-from .sensitivity import Run, Travel, solve_ends
+from .sensitivity import Run, Travel
 from .solvers import nfe, supported
 
 __all__ = ["Drawn", "EndError", "RefineConfig", "RefineResult", "check_refinable", "draw_noises", "refine"]
 
-STREAM = (1 << 30) + 7  # of the noises, apart from the training's
 TRIALS = 7  # of one search
 TINY = 1e-300
 ENOUGH = 1e-4  # error over that of the start: nothing is gained below, the reference is not better
@@ -55,49 +54,6 @@ class RefineResult:
         """For a grid's provenance: what was done and what it gave, ready for JSON."""
         return {**{name: value for name, value in vars(self).items() if name != "grid"},
                 "error_before": self.error_before._asdict(), "error_after": self.error_after._asdict()}
-
-
-def draw_noises(
-    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE
-) -> Drawn:
-    """The noises of `config`, and where their exact paths from `sigma_max` end; for any solver and number of steps.
-
-    Raises Stopped when asked to stop, and NonFiniteOutput as `refine` does.
-    """
-    with GracefulStop() as stop:
-        return _draw(denoiser, config, sigma_max, quiet, world, stop)
-
-
-def _draw(
-    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool, world: World, stop: GracefulStop
-) -> Drawn:
-    count, generator = config.noises + config.held, seeded_generator(config.seed, STREAM)
-    latents = torch.randn((count, *denoiser.img_shape), generator=generator, dtype=torch.float64)
-    labels = denoiser.draw_labels(count, generator)
-    fine = edm(config.fine, denoiser.sigma_min, sigma_max) if denoiser.pinned else edm_unpinned(config.fine, sigma_max)
-    tell = _teller(denoiser, "exact paths, images", count * nfe(config.fine_solver, config.fine), quiet, world, stop)
-    both, cost = solve_ends(
-        denoiser, latents.to(denoiser.device), labels, fine.values, config.fine_solver, config.batch, tell, world
-    )
-    return Drawn(both.part(slice(0, config.noises)), both.part(slice(config.noises, count)), cost)
-
-
-def _teller(
-    denoiser: Denoiser, label: str, total: int, quiet: bool, world: World, stop: GracefulStop
-) -> Callable[[], None]:
-    """What long work calls between its pieces: it shows progress, and ends the work when asked to stop."""
-    progress, before = Progress(total // world.size, label, quiet), denoiser.evaluations
-
-    def tell() -> None:
-        world.check()
-        done = denoiser.evaluations - before
-        progress.update(min(done, total // world.size))
-        if stop.requested or done >= total // world.size:
-            progress.close()
-        if stop.requested:
-            raise Stopped("stopped while refining the grid")
-
-    return tell
 
 
 def refine(
@@ -182,9 +138,9 @@ class _Refinement:
         """All of it, from wherever the state is."""
         state = self.state
         if self.noises is None:
-            self.noises = _draw(self.denoiser, self.config, self.first, self.quiet, self.world, stop)
+            self.noises = draw(self.denoiser, self.config, self.first, self.quiet, self.world, stop)
             self.save()
-        tell = _teller(self.denoiser, "refining, images", self._expected(), self.quiet, self.world, stop)
+        tell = teller(self.denoiser, "refining, images", self._expected(), self.quiet, self.world, stop)
         train, held = (
             Travel(self.denoiser, self.solver, part, self.config.batch, tell, self.world) for part in self.noises[:2]
         )

@@ -35,7 +35,8 @@ from .profile import Profile
 from .progress import GracefulStop, Progress, Stopped
 from .seeding import seeded_generator
 from .solvers import nfe
-from .trajectories import measure_along, measure_enough, measure_profile
+from .stochastic import ORDERS_SDE, TRACERS, measure_stochastic
+from .trajectories import draws, measure_along, measure_enough, measure_profile
 
 __all__ = ["CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "live", "train"]
 
@@ -99,7 +100,7 @@ class _Run:
         self.denoiser, self.config, self.checkpoint, self.quiet = denoiser, config, checkpoint, quiet
         self.world, self.live = world, config.rollout == "live"
         self.settings = {**asdict(config), "network": identity}
-        self.order = 1 if config.solver is None else order_of(config.solver)
+        self.order = {None: 1, "sde": ORDERS_SDE["strong"]}.get(config.solver) or order_of(config.solver)
         self.state, self.last_save = State(gamma=config.multiplier * (self.order + 1) / 2), time.monotonic()
         sigma_data = config.clock_sigma_data or denoiser.sigma_data
         self.base = make_clock(config.clock, denoiser.sigma_max, sigma_data)
@@ -116,18 +117,16 @@ class _Run:
             denoiser.difference_step = choose_step(denoiser, latents.to(denoiser.device), labels)
         return denoiser.evaluations - before
 
-    # -- stages ------------------------------------------------------------------------------------
-
     def measure(self, stop: GracefulStop) -> None:
         """The profile: dense trajectories from `seed`."""
         if self.state.profile is not None:
             return
         config = self.config
-        generator = seeded_generator(config.seed, 1 << 30)  # iterations count up from 0
-        latents = torch.randn((config.trajectories, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
-        labels = self.denoiser.draw_labels(config.trajectories, generator)
+        draw = draws(self.denoiser, seeded_generator(config.seed, 1 << 30))  # iterations count up from 0
         method, cost = (measure_along, 1) if config.shared else (measure_profile, 3)
-        if config.solver is not None:
+        if config.solver == "sde":
+            method, cost = measure_stochastic, 1 + TRACERS // 2
+        elif config.solver is not None:
             method, cost = partial(measure_errors, solver=config.solver), nfe(config.solver, 2) - 1
         progress = Progress(cost * config.trajectories * config.points, "profile, images", self.quiet)
 
@@ -138,8 +137,8 @@ class _Run:
                 self._stop("while measuring the profile")
 
         self.state.profile = measure_enough(
-            self.denoiser, latents.to(self.denoiser.device), self.profile_clock, config.points, labels, on_step,
-            self.world, method, config.tolerance,
+            self.denoiser, draw, self.profile_clock, config.trajectories, config.points, on_step, self.world, method,
+            config.tolerance,
         )
         progress.close()
         self.save()
@@ -160,9 +159,8 @@ class _Run:
 
     def _asked(self, stop: GracefulStop) -> bool:
         """Whether to stop; where processes go in step, whether any of them is asked to."""
-        if not self.live:
-            return stop.requested
-        return bool(self.world.sum(torch.tensor([float(stop.requested)]).to(self.world.device)))
+        asked = torch.tensor([float(stop.requested)])
+        return bool(self.world.sum(asked.to(self.world.device)) if self.live else stop.requested)
 
     def _rounds(self, stop: GracefulStop) -> None:
         """Actor-critic iterations, from wherever the state is."""
@@ -235,8 +233,6 @@ class _Run:
         keep = -(-config.keep // config.batch)
         state.paths = (state.paths + [path.s.numpy()])[-keep:]
 
-    # -- what follows from the state ---------------------------------------------------------------
-
     def _clock(self) -> Clock:
         clock = self.base
         for knots in self.state.knots:
@@ -249,8 +245,11 @@ class _Run:
         return profile.optimum / profile.horizon if self.config.normalise else 1.0
 
     def _environment(self) -> Environment:
-        if self.config.rollout == "cached":
-            return CachedEnvironment(self.state.profile, self._clock(), self._unit())
+        config, profile = self.config, self.state.profile
+        if config.rollout == "cached":
+            if config.sees == "time" and len(profile.norm) > config.trajectories:
+                profile = profile.averaged()  # to such a policy, who of many jumps when is noise alone
+            return CachedEnvironment(profile, self._clock(), self._unit())
         return LiveEnvironment(self.denoiser, self._clock(), self._unit(), self.config.euler, self.world)
 
     def _rollout_settings(self) -> RolloutSettings:

@@ -20,17 +20,21 @@ from .denoiser import Denoiser
 from .devices import FiniteCheck, profile_batch, with_back_off
 from .distributed import ALONE, World
 from .field import Surrogate, evaluate, rms, surrogate
-from .profile import TINY, Profile
+from .profile import TINY, Profile, smoothed
 
 __all__ = [
-    "BATCH", "OnStep", "advance", "extrapolated", "measure_along", "measure_enough", "measure_profile", "place_points",
-    "supported_levels", "travel",
+    "BATCH", "Draw", "OnStep", "advance", "draws", "extrapolated", "measure_along", "measure_enough",
+    "measure_profile", "place_points", "supported_levels", "travel",
 ]
 
 OnStep = Callable[[int], None]
+Draw = Callable[[int], Tuple[torch.Tensor, Optional[torch.Tensor]]]
 BATCH = 8  # few enough for several processes to have some, enough for a network to be busy
 ENOUGH = 8  # trajectories that tell whether more are needed
+MOST = 0.5  # of all |Q|, which one trajectory of a few has somewhere: 0.34 at most on networks, 0.95 where paths jump
 LOG_SHARE = 0.25  # share of the profile's points that is placed by log sigma
+KNOWN_SHARE = 0.75  # of the clock's own share, placed by the optimum where that is known; log sigma then has a fifth
+WIDE = 20  # points of the trajectories that are many because few did not agree
 
 
 def advance(x: torch.Tensor, point: Surrogate, sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -50,22 +54,26 @@ def advance(x: torch.Tensor, point: Surrogate, sigma: torch.Tensor, target: torc
     return ratio * x + base * (1 - ratio) - point.slope * target * ratio.log()
 
 
-def place_points(clock: Clock, sigma_min: float, points: int) -> np.ndarray:
+def place_points(clock: Clock, sigma_min: float, points: int, known: Optional[Profile] = None) -> np.ndarray:
     """Noise levels [P] from sigma_max to sigma_min: equally spaced in a mix of the clock and of log sigma.
 
-    The clock alone is right for the data; log sigma sees what a network does at its lowest levels.
+    The clock alone is right for the data; log sigma sees what a network does at its lowest levels. With a profile
+    that is known already, by its optimum above all: there paths bend, and must be followed.
     """
     sigma = np.geomspace(clock.sigma_max, sigma_min, 4096)
-    s = clock.fraction(sigma)
-    mixed = (1 - LOG_SHARE) * s / s[-1] + LOG_SHARE * np.linspace(0, 1, len(sigma))
+    s, log_share = clock.fraction(sigma), LOG_SHARE
+    if known is not None:
+        optimal = known.optimal_fraction(s)
+        s, log_share = (1 - KNOWN_SHARE) * s / s[-1] + KNOWN_SHARE * optimal / optimal[-1], LOG_SHARE / 5
+    mixed = (1 - log_share) * s / s[-1] + log_share * np.linspace(0, 1, len(sigma))
     levels = np.exp(np.interp(np.linspace(0, 1, points), mixed, np.log(sigma)))
     levels[0], levels[-1] = clock.sigma_max, sigma_min
     return levels
 
 
-def supported_levels(denoiser: Denoiser, clock: Clock, points: int) -> np.ndarray:
+def supported_levels(denoiser: Denoiser, clock: Clock, points: int, known: Optional[Profile] = None) -> np.ndarray:
     """`place_points` rounded to the levels the denoiser supports, each once, still from high to low."""
-    levels = place_points(clock, denoiser.sigma_min, points)
+    levels = place_points(clock, denoiser.sigma_min, points, known)
     rounded = denoiser.round_sigma(torch.from_numpy(levels)).cpu().numpy()
     return np.unique(rounded)[::-1].copy()
 
@@ -109,15 +117,16 @@ def measure_profile(
 def measure_along(
     denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
     class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
+    known: Optional[Profile] = None,
 ) -> Profile:
     """As `measure_profile`, from M P evaluations: D is differenced from one level of the trajectory to the next.
 
     The difference over an interval is the mean slope within it, which belongs to its geometric midpoint: exactly
     so for the law sigma^-2 that slopes follow far above the data. The same differences, extrapolated, carry the path
     on to the next level. The two ends are extrapolated, linearly in log-log; where |Q| is zero, or there is one
-    interval alone, they are held constant.
+    interval alone, they are held constant. `known` places the levels, as of `place_points`.
     """
-    levels = supported_levels(denoiser, clock, points)  # [P]
+    levels = supported_levels(denoiser, clock, points, known)  # [P]
 
     def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
         columns, slopes, before, check = [], [torch.zeros_like(x)], None, FiniteCheck(x.device)
@@ -139,39 +148,56 @@ def measure_along(
     return Profile(clock, *_with_ends(levels, norm), evaluations, time.perf_counter() - began)
 
 
-def measure_enough(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, class_labels: Optional[torch.Tensor] = None,
-    on_step: Optional[OnStep] = None, world: World = ALONE, method: Callable[..., Profile] = measure_along,
-    tolerance: float = 0.0,
-) -> Profile:
-    """A profile of the first third of the latents, and of the others only where it leaves its optimum uncertain.
+def draws(denoiser: Denoiser, generator: torch.Generator) -> Draw:
+    """Unit normal latents [n, C, H, W] and labels, as many as are asked for, from a generator of their own."""
 
-    Arguments as of `measure_along`, the batch as memory allows.
+    def draw(count: int) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        latents = torch.randn((count, *denoiser.img_shape), generator=generator, dtype=torch.float64)
+        return latents.to(denoiser.device), denoiser.draw_labels(count, generator)
+
+    return draw
+
+
+def measure_enough(
+    denoiser: Denoiser, draw: Draw, clock: Clock, trajectories: int, points: int, on_step: Optional[OnStep] = None,
+    world: World = ALONE, method: Callable[..., Profile] = measure_along, tolerance: float = 0.0,
+) -> Profile:
+    """A profile of a third of the trajectories, and of others only where it leaves its optimum uncertain.
+
+    Where one trajectory somewhere has most of |Q|, a few late jumps decide, and many trajectories must be seen. As
+    |Q| is differenced from level to level, an interval's difference holds all that happens within it, however short:
+    what is left of the evaluations goes to many trajectories of `WIDE` points, placed by what the first third has
+    seen, and `smoothed` joins the two. Elsewhere, and by other methods, the rest are measured like the first third.
 
     Args:
+        draw: latents and labels of so many new trajectories.
+        trajectories, points: M and P; no more than M P points are measured.
         method: `measure_along`, or another of its kind.
-        tolerance: how far, as J/J* - 1, the few may be off for the others to be spared; 0 measures all.
+        tolerance: how far, as J/J* - 1, the third may be off for the others to be spared; 0 measures all alike.
     """
-    few, labels = len(latents) // 3, class_labels
-    parts = [slice(0, few), slice(few, None)] if tolerance and few >= ENOUGH else [slice(None)]
-    found: Optional[Profile] = None
-    batch = profile_batch(denoiser, len(latents), BATCH, world)
-    for part in parts:
-        before = found.evaluations if found else 0
+    latents, labels = draw(trajectories)
+    few, spent = trajectories // 3, 0
+    batch = profile_batch(denoiser, trajectories, BATCH, world)
 
-        def tell(done: int, before: int = before) -> None:
-            if on_step:
-                on_step(before + done)
+    def measure(part: slice, points: int = points, **options: Profile) -> Profile:
+        some = None if labels is None else labels[part]
+        tell = None if on_step is None else lambda done: on_step(spent + done)
+        attempt = lambda batch: method(denoiser, latents[part], clock, points, batch, some, tell, world, **options)
+        return with_back_off(attempt, batch, denoiser.device)
 
-        def measure(batch: int, part: slice = part) -> Profile:
-            some = None if labels is None else labels[part]
-            return method(denoiser, latents[part], clock, points, batch, some, tell, world)
-
-        more = with_back_off(measure, batch, denoiser.device)
-        found = found.joined(more) if found else more
-        if found.sampling_excess <= tolerance:
-            break
-    return found
+    if not tolerance or few < ENOUGH:
+        return measure(slice(None))
+    found = measure(slice(few))
+    spent, jumps = found.evaluations, method is measure_along and found.largest_share > MOST
+    if found.sampling_excess <= tolerance and not jumps:
+        return found
+    if not jumps:
+        return found.joined(measure(slice(few, None)))
+    wide = min(WIDE, points)
+    more, more_labels = draw((trajectories - few) * points // wide - (trajectories - few))
+    latents = torch.cat([latents, more])
+    labels = None if labels is None else torch.cat([labels, more_labels])
+    return smoothed([found, measure(slice(few, None), wide, known=smoothed([found]))])
 
 
 def travel(

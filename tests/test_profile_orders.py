@@ -11,7 +11,7 @@ import torch
 from art_edm.analytic import GaussianDenoiser
 from art_edm.clock import GaussianClock, LinearClock
 from art_edm.profile import Profile
-from art_edm.trajectories import measure_along, measure_enough
+from art_edm.trajectories import measure_enough, measure_profile
 
 TOP = 4.0
 LEVELS = np.geomspace(TOP, 1e-4, 60)
@@ -77,13 +77,16 @@ def field(spread: float) -> GaussianDenoiser:
 
 
 def test_all_are_measured_only_where_a_third_is_not_enough():
+    """Of a method that looks at points, the rest like the third; of differences from level to level, see elsewhere."""
     latents = torch.randn((24, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draw = lambda count: (latents[:count], None)
     for spread, tolerance, expected in ((0.0, 0.002, 8), (2.0, 0.002, 24), (0.0, 0.0, 24), (2.0, 10.0, 8)):
         seen = []
         denoiser, clock = field(spread), GaussianClock(80.0, 1.0)
-        profile = measure_enough(denoiser, latents, clock, 20, on_step=seen.append, tolerance=tolerance)
-        assert len(profile.norm) == expected and profile.evaluations == 20 * expected == seen[-1]
+        profile = measure_enough(
+            denoiser, draw, clock, 24, 20, on_step=seen.append, method=measure_profile, tolerance=tolerance)
+        assert len(profile.norm) == expected and profile.evaluations == 3 * 20 * expected == seen[-1]
         assert seen == sorted(seen)
-        whole = measure_along(field(spread), latents, clock, 20)
-        np.testing.assert_array_equal(profile.norm[:, 1:-1], whole.norm[:expected, 1:-1])  # the ends are extrapolated
+        whole = measure_profile(field(spread), latents, clock, 20)
+        np.testing.assert_array_equal(profile.norm, whole.norm[:expected])
     assert replace(profile, norm=profile.norm[:3]).sampling_excess == float("inf")

@@ -7,17 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from refine_fields import SHORT, mixture, start
 
 from art_edm import descent
-from art_edm.analytic import MixtureDenoiser, one_dimensional
+from art_edm.analytic import one_dimensional
 from art_edm.clock import GaussianClock
 from art_edm.field import rms
-from art_edm.grid import Grid, edm, edm_unpinned, uniform
+from art_edm.grid import Grid, edm, uniform
 from art_edm.refine import RefineConfig, draw_noises, refine
 from art_edm.solvers import SOLVERS, sample
 
 LINE = RefineConfig(noises=4, held=4, batch=4, fine=60, iterations=40, tolerance=1e-7, patience=10)
-SHORT = RefineConfig(noises=6, held=4, batch=2, fine=20, iterations=5, more=5)
 
 
 def best_euler(num_steps):
@@ -29,16 +29,6 @@ def end_error(grid):
     """|x_K - 1| from the path that ends at 1; all errors of Euler's method are multiples of it."""
     model = one_dimensional()
     return abs(float(sample(model, torch.ones(1, 1, 1, 1), grid, "euler")) - 1)
-
-
-def mixture():
-    generator = torch.Generator().manual_seed(3)
-    means = 0.5 * torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
-    return MixtureDenoiser([0.5, 0.3, 0.2], means, [0.3, 0.4, 0.6], sigma_min=0.01, sigma_max=20.0)
-
-
-def start(num_steps=5):
-    return edm_unpinned(num_steps, 20.0)
 
 
 def art(num_steps, sigma_max):

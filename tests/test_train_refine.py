@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from art_edm import sensitivity
 from art_edm.grid import load_grid
 from art_edm.loading import load_network
 from art_edm.solvers import sample
@@ -82,3 +84,76 @@ def test_the_objective_of_a_solver_gives_a_clock_for_it(run):
 def test_a_solver_s_errors_are_not_measured_live(run):
     result = run("--network=gaussian:0.5", "--objective=solver", "--rollout=live")
     assert result.exit_code == 2 and "cached" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["direct", "rl"])
+def test_the_end_point_objective_finds_the_growth_of_gaussian_data(run, method):
+    """beta = 1 for Euler's errors; the sidecar says what was chosen, and the learned clock scores as it did."""
+    options = ("--network=gaussian:0.5", f"--method={method}", "--steps=5,10", "--iterations=60", "--quiet")
+    assert run(*options, "--out=plain{steps}.npy").exit_code == 0
+    result = run(*options, "--out=end{steps}.npy", "--objective=endpoint", "--solver=euler")
+    assert result.exit_code == 0, result.stderr
+    for k in (5, 10):
+        before, after = (json.loads(Path(f"{name}{k}.json").read_text()) for name in ("plain", "end"))
+        assert after["weighted"]["beta"] == pytest.approx(1.0, abs=0.08)
+        assert after["weighted"]["solver"] == "euler"
+        assert after["J_over_J_star"] == before["J_over_J_star"]
+        assert after["evaluations"] == sum(after["evaluations_by_stage"].values())
+        assert {"ends", "endpoint"} <= set(after["evaluations_by_stage"])
+        assert end_error(f"end{k}.npy", "euler") < 0.87 * end_error(f"plain{k}.npy", "euler")
+
+
+def test_refinement_goes_on_from_the_end_point_objective(run):
+    result = run(*DIRECT[:-1], "--steps=4", "--out=both.npy", "--objective=endpoint", "--refine", "--solver=dpmpp2m")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(Path("both.json").read_text())
+    weighted, refined = record["weighted"]["error_after"]["mean"], record["refined"]
+    assert refined["error_before"]["mean"] == pytest.approx(weighted, rel=0.1)
+    assert refined["error_after"]["mean"] < 0.9 * weighted
+    assert "weighted by beta = " in result.output and " refined (median" in result.output
+
+
+def test_an_unknown_solver_is_refused_before_any_work(run):
+    result = run("--network=gaussian:0.5", "--objective=endpoint", "--solver=rk5")
+    assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
+    assert os.listdir() == []
+
+
+def test_what_was_learned_survives_a_stop_in_the_end_point_search(run, monkeypatch):
+    options = ("--network=gaussian:0.5", "--method=direct", "--steps=4", "--objective=endpoint", "--quiet")
+    assert run(*options, "--out=whole.npy").exit_code == 0
+    original = sensitivity.Travel.run
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity.Travel, "run", interrupted)
+        result = run(*options, "--out=g.npy")
+    assert result.exit_code == 1
+    expected = "stopped during end-point objective; what was learned is in g.ckpt, continue with --resume"
+    assert str(result.exception) == expected
+    assert sorted(os.listdir()) == ["g.ckpt", "whole.json", "whole.npy"]
+    assert run(*options, "--out=g.npy", "--resume").exit_code == 0
+    assert Path("g.npy").read_bytes() == Path("whole.npy").read_bytes()
+
+
+def test_the_objective_of_the_reverse_sde_moves_the_levels_down(run):
+    """Gaussian data: density sigma^(-1/3) (s^2 + sigma^2)^(-4/3) against ART's (s^2 + sigma^2)^(-3/4)."""
+    result = run(*DIRECT, "--steps=10", "--out=sde.npy", "--objective=sde")
+    assert result.exit_code == 0, result.stderr
+    assert run(*DIRECT, "--steps=10", "--out=plain.npy").exit_code == 0
+    sigma = np.geomspace(1e-6, 80, 200_001)
+    middle, found = {}, {}
+    for name, density in (("sde", sigma ** (-1 / 3) * (0.25 + sigma**2) ** (-4 / 3)),
+                          ("plain", (0.25 + sigma**2) ** -0.75)):
+        passed = np.concatenate([[0], np.cumsum(np.diff(sigma) * (density[1:] + density[:-1]) / 2)])
+        middle[name] = np.interp(0.5, passed / passed[-1], sigma)
+        found[name] = load_grid(f"{name}.npy").values[5]
+    assert found["plain"] == pytest.approx(middle["plain"], rel=0.01)
+    assert found["sde"] == pytest.approx(middle["sde"], rel=0.5)  # its steps are not short: eight of 85 levels
+    assert found["sde"] < 0.3 * found["plain"]
+    assert json.loads(Path("sde.json").read_text())["settings"]["solver"] == "sde"
+    refused = run(*DIRECT, "--objective=sde", "--refine")
+    assert refused.exit_code == 2 and "deterministic" in refused.stderr

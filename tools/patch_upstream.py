@@ -23,9 +23,6 @@ SCRIPTS = {"edm": "generate.py", "edm2": "generate_images.py"}
 EXIT = {"patched": 0, "unpatched": 1, "unknown": 2}  # of --check
 
 
-# --- patches -----------------------------------------------------------------------------------------
-
-
 class Insertion(NamedTuple):
     """Lines to insert after line `after` of the original; `place` says where that is in words."""
 

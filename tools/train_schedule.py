@@ -78,12 +78,13 @@ def configure(preset: str, given: Dict[str, Any]) -> Any:
               help="Dense trajectories.  [default: the preset's]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed of all randomness.")
 @click.option("--device", default="auto", show_default=True, help="Where the denoiser runs: auto, cpu, cuda, ...")
-@click.option("--objective", type=click.Choice(["art", "solver"]), default="art", show_default=True,
-              help="Sum of |Q| theta^2, as in the paper, or of the local errors of --solver.")
+@click.option("--objective", type=click.Choice(["art", "solver", "endpoint", "sde"]), default="art", show_default=True,
+              help="Sum of |Q| theta^2, as in the paper; of the local errors of --solver; or of |Q| theta^2 weighted "
+                   "by its growth up to where --solver ends; sde: of the steps of the reverse SDE.")
 @click.option("--refine", is_flag=True,
               help="Then move the levels to where --solver ends nearest to the exact solution.")
 @click.option("--solver", default="heun", show_default=True, metavar="NAME",
-              help="Of --objective=solver and --refine: euler, heun, rk4, dpmpp2m, ipndm2, ipndm3 or ipndm.")
+              help="Of --objective and --refine: euler, heun, rk4, dpmpp2m, ipndm2, ipndm3 or ipndm.")
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped.")
 @click.option("--plot", is_flag=True, help="Draw the clock and the grids beside the .npy, as .png.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -108,6 +109,7 @@ def main(
     from art_edm.local_errors import order_of
     from art_edm.plots import check_plotting
     from art_edm.refine import check_refinable
+    from art_edm.solvers import nfe
 
     with world(device) as here:
         with here.phase():  # everything that can fail early
@@ -121,10 +123,16 @@ def main(
             if objective == "solver":
                 order_of(solver)
                 config = replace(config, solver=solver)
+            elif objective == "sde":
+                if refine:
+                    raise click.UsageError("--refine follows a deterministic solver; leave it out with --objective=sde")
+                config = replace(config, solver="sde")
             config.check()
+            if objective == "endpoint":
+                nfe(solver, 1)
             if refine:
                 check_refinable(loaded.denoiser, solver)
-        job = Job(loaded, load_seconds, resume, plot, quiet, here, solver if refine else None)
+        job = Job(loaded, load_seconds, resume, plot, quiet, here, solver, objective == "endpoint", refine)
         if preset == "paper":  # the paper learns every number of steps by itself
             for k, path in paths.items():
                 one(job, replace(config, train_steps=k), {k: path})
@@ -141,11 +149,15 @@ class Job(NamedTuple):
     plot: bool
     quiet: bool
     world: Any
-    solver: Optional[str]  # to refine for
+    solver: str  # of the two that follow
+    weigh: bool  # for the end-point objective
+    refine: bool
 
 
 def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     """One run, its grids, and what it has to say."""
+    from art_edm.denoiser import NonFiniteOutput
+    from art_edm.progress import Stopped
     from art_edm.training import train
 
     network, checkpoint = job.network, next(iter(paths.values())).with_suffix(".ckpt")
@@ -154,10 +166,15 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     result = train(network.denoiser, config, network.identity, checkpoint, job.resume, job.quiet, job.world)
     with job.world.phase():
         grids = grids_of(job, result, paths)
-    refined = refine_all(job, config.seed, grids, paths, result) if job.solver else {}
+    try:
+        told = through_solver(job, config.seed, grids, paths, result)
+    except (NonFiniteOutput, Stopped) as error:
+        told = "--resume" in str(error)
+        kept = "" if told else f"; what was learned is in {checkpoint}, continue with --resume"
+        raise type(error)(f"{error}{kept}") from None
     with job.world.phase():
         if job.world.rank == 0:
-            finish(job, config, result, paths, grids, refined)
+            finish(job, config, result, paths, grids, told)
             for path in (checkpoint, *map(refinement_state, paths.values())):
                 path.unlink(missing_ok=True)
 
@@ -182,27 +199,46 @@ def refinement_state(path: Path) -> Path:
     return path.with_suffix(".refine.ckpt")
 
 
-def refine_all(job: Job, seed: int, grids: Dict[int, Any], paths: Dict[int, Path], result: Any) -> Dict[int, Any]:
-    """Every grid refined; several share the noises. What it costs becomes a stage of the `result`."""
+def through_solver(
+    job: Job, seed: int, grids: Dict[int, Any], paths: Dict[int, Path], result: Any
+) -> Dict[int, Dict[str, Any]]:
+    """Weigh and refine the grids, where asked for, in place; what there is to tell of each K.
+
+    All share the noises. What they cost becomes stages of the `result`.
+    """
+    from art_edm.growth import choose_growth, optimum_of
     from art_edm.refine import RefineConfig, draw_noises, refine
 
+    told: Dict[int, Dict[str, Any]] = {k: {} for k in grids}
     config, denoiser, noises = RefineConfig(seed=seed), job.network.denoiser, None
-    began = time.perf_counter()
-    if len(grids) > 1:
+
+    def count(stage: str, began: float, evaluations: int) -> None:
+        result.evaluations[stage], result.seconds[stage] = evaluations, time.perf_counter() - began
+
+    if job.weigh or (job.refine and len(grids) > 1):
+        began = time.perf_counter()
         noises = draw_noises(denoiser, config, next(iter(grids.values())).sigma_max, job.quiet, job.world)
-    refined = {
-        k: refine(denoiser, grid, job.solver, config, job.network.identity, refinement_state(paths[k]), job.resume,
-                  job.quiet, job.world, noises)
-        for k, grid in grids.items()
-    }
-    spent = [each.evaluations for each in refined.values()]
-    result.evaluations["refine"] = sum(spent) + (noises.evaluations if noises else 0)
-    result.seconds["refine"] = time.perf_counter() - began
-    return refined
+        count("ends", began, noises.evaluations)
+    if job.weigh:
+        began = time.perf_counter()
+        sigma_of = result.learned.sigma if result.learned else optimum_of(result.profile)
+        for k, grid in grids.items():
+            found = choose_growth(denoiser, sigma_of, grid, job.solver, noises, config.batch, job.quiet, job.world)
+            grids[k], told[k]["weighted"] = found.grid, found.record()
+        count("endpoint", began, sum(each["weighted"]["evaluations"] for each in told.values()))
+    if job.refine:
+        began = time.perf_counter()
+        for k, grid in grids.items():
+            found = refine(denoiser, grid, job.solver, config, job.network.identity, refinement_state(paths[k]),
+                           job.resume, job.quiet, job.world, noises)
+            grids[k], told[k]["refined"] = found.grid, found.record()
+        count("refine", began, sum(each["refined"]["evaluations"] for each in told.values()))
+    return told
 
 
 def finish(
-    job: Job, config: Any, result: Any, paths: Dict[int, Path], grids: Dict[int, Any], refined: Dict[int, Any]
+    job: Job, config: Any, result: Any, paths: Dict[int, Path], grids: Dict[int, Any],
+    told: Dict[int, Dict[str, Any]],
 ) -> None:
     """Write the grids and their sidecars and pictures, and show their scores."""
     from art_edm import report
@@ -211,11 +247,9 @@ def finish(
 
     network, began, records = job.network, time.perf_counter(), []
     for k, path in paths.items():
-        grid = refined[k].grid if refined else grids[k]
+        grid = grids[k]
         seconds = {"load": job.load_seconds, **result.seconds, "write": time.perf_counter() - began}
-        record = {**report.provenance(network, config, result, grid, seconds), "processes": job.world.size}
-        if refined:
-            record["refined"] = refined[k].record()
+        record = {**report.provenance(network, config, result, grid, seconds), "processes": job.world.size, **told[k]}
         write(save_grid, path, grid, record)
         if job.plot:
             shown = {**report.hand_made(network.denoiser, k), path.stem: grid}
@@ -224,10 +258,12 @@ def finish(
     if not job.quiet:
         for path, record in records:
             click.echo("\n".join(report.table(record)))
-            if "refined" in record:
-                before, after = (record["refined"][name] for name in ("error_before", "error_after"))
-                click.echo(f"end-point error of {job.solver} on noises held out: {before['mean']:.4g} before, "
-                           f"{after['mean']:.4g} +- {after['stderr']:.2g} refined (median {after['median']:.4g})")
+            for stage in told[int(record["num_steps"])]:
+                before, after = (record[stage][name] for name in ("error_before", "error_after"))
+                beta = f" by beta = {record[stage]['beta']:.3g}" if stage == "weighted" else ""
+                of = "on noises held out" if stage == "refined" else "over noises"
+                click.echo(f"end-point error of {job.solver} {of}: {before['mean']:.4g} before, {after['mean']:.4g} "
+                           f"+- {after['stderr']:.2g} {stage}{beta} (median {after['median']:.4g})")
             drawn = f" and {path.stem}.png" if job.plot else ""
             click.echo(f"wrote {path} and {path.with_suffix('.json').name}{drawn}")
         click.echo(report.costs(records[-1][1], peak_memory()))

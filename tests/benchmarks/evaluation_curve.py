@@ -1,13 +1,17 @@
 """J/J* over evaluated images: how many trajectories and points a profile needs, and with them the defaults chosen.
 
 Each profile's own optimum, and the clock that ART-RL learns from it, are scored on a reference of other noises: 256
-trajectories x 256 points, with differences about each point, three evaluations (one with --quick-reference).
+trajectories x 256 points, with differences about each point, three evaluations (one with --quick-reference). The
+curve is of profiles of one kind: all trajectories with the same points, their plain mean.
 
-Run by hand: python -m tests.benchmarks.evaluation_curve mnist empirical-mnist empirical-cifar10 --cifar10=ARCHIVE
+Run by hand: python -m tests.benchmarks.evaluation_curve mnist empirical-mnist empirical-cifar10 songunet.pkl
+    --cifar10=ARCHIVE --references=FOLDER --picture=art_edm/docs/evaluations.png
+    (songunet.pkl: tests/benchmarks/train_songunet.py makes it)
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -15,6 +19,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import click
 import numpy as np
 import torch
+from PIL import Image
 
 from art_edm.clock import GaussianClock
 from art_edm.denoiser import Denoiser
@@ -75,25 +80,55 @@ def draw(path: Path, found: Dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.6), sharey=True, squeeze=False)
-    for axis, (name, record) in zip(axes[0], found.items()):
-        for cost, sizes, marker in ((1, POINTS, "o-"), (3, THREE, "s--")):
-            for points in sizes:
-                rows = [r for r in record["curve"] if (r["points"], r["evaluations_per_point"]) == (points, cost)]
-                spent = sorted({r["evaluations"] for r in rows})
-                mean = [np.mean([r["J_over_J_star"] - 1 for r in rows if r["evaluations"] == n]) for n in spent]
-                label = f"{points} points" + (", 3 evaluations each" if cost == 3 else "")
-                axis.loglog(spent, mean, marker, markersize=3, linewidth=1, label=label)
+    rows = -(-len(found) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(8, 2.6 * rows + 0.8), squeeze=False, sharex=True, sharey=True)
+    for axis, (name, record) in zip(axes.flat, found.items()):
+        for points in POINTS:
+            some = [r for r in record["curve"] if (r["points"], r["evaluations_per_point"]) == (points, 1)]
+            spent = sorted({r["evaluations"] for r in some})
+            mean = [np.mean([r["J_over_J_star"] - 1 for r in some if r["evaluations"] == n]) for n in spent]
+            axis.loglog(spent, mean, "o-", markersize=3, linewidth=1, label=f"{points} points a trajectory")
         runs = record["art_rl"]
-        axis.loglog([r["evaluations"] for r in runs], [r["J_over_J_star"] - 1 for r in runs], "k*", markersize=9,
-                    label="ART-RL, defaults")
-        axis.axhline(0.01, color="grey", linewidth=0.8)
-        axis.axvline(2048, color="grey", linewidth=0.8)
-        axis.set(title=name, xlabel="evaluated images")
-    axes[0, 0].set_ylabel("J/J* - 1")
-    axes[0, -1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
+        for key, marker, label in (("optimum", "kD", "default, direct"), ("J_over_J_star", "r*", "default, ART-RL")):
+            axis.loglog([r["evaluations"] for r in runs], [r[key] - 1 for r in runs], marker, markersize=5, label=label,
+                        alpha=0.8)
+        axis.axhline(0.01, color="grey", linewidth=0.8, linestyle="--")
+        axis.axvline(2048, color="grey", linewidth=0.8, linestyle="--")
+        axis.set_title(name, fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("evaluated images (dashed: 2,048)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("J/J* - 1 (dashed: 0.01)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncol=3, loc="lower center")
+    figure.tight_layout(rect=(0, 0.8 / (2.6 * rows + 0.8), 1, 1))
+    figure.savefig(path, dpi=80)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def reference_profile(denoiser: Denoiser, many: int, points: int, quick: bool, kept: Optional[Path]) -> Profile:
+    """The reference, from the file where it is kept if there is one."""
+    clock = GaussianClock(denoiser.sigma_max, denoiser.sigma_data)
+    if kept is not None and kept.exists():
+        content = np.load(kept)
+        return Profile(clock, content["sigma"], content["norm"], int(content["evaluations"]), 0.0)
+    latents, labels = noises(denoiser, many, 10**6)
+    measure = measure_along if quick else measure_profile
+    profile = measure(denoiser, latents, clock, points, batch=32, class_labels=labels)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(kept, sigma=profile.sigma, norm=profile.norm, evaluations=profile.evaluations)
+    return profile
+
+
+def default_run(denoiser: Denoiser, standard: Profile, seed: int) -> Dict[str, Any]:
+    """Scores of the default run: of its learned clock, and of its profile's own optimum (--method=direct)."""
+    result = train(denoiser, replace(PRESETS["default"], seed=seed))
+    values = result.learned.sigma(np.linspace(0, 1, 4097))
+    values[0], values[-1] = standard.horizon, 0.0
+    return {"seed": seed, "J_over_J_star": standard.cost(values) / standard.optimum,
+            "optimum": excess(result.profile, standard), "evaluations": sum(result.evaluations.values()),
+            "trajectories": len(result.profile.norm), "rl_seconds": result.seconds["rl"]}
 
 
 @click.command()
@@ -102,36 +137,31 @@ def draw(path: Path, found: Dict[str, Any]) -> None:
 @click.option("--cifar10", type=click.Path(path_type=Path, exists=True), help="CIFAR-10 as JPEGs.")
 @click.option("--reference", default="256x256", show_default=True, help="Trajectories x points.")
 @click.option("--quick-reference", is_flag=True, help="One evaluation for each point of the reference.")
-@click.option("--seeds", default=3, show_default=True)
+@click.option("--references", type=click.Path(path_type=Path), help="Folder that keeps references for another time.")
+@click.option("--seeds", default=3, show_default=True, help="Default runs.")
+@click.option("--curve-seeds", default=1, show_default=True, help="Noises of the curve.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation_curve.json", show_default=True)
+@click.option("--picture", type=click.Path(path_type=Path), help="The curve as a picture.")
 def main(
     names: Tuple[str, ...], mnist: Optional[Path], cifar10: Optional[Path], reference: str, quick_reference: bool,
-    seeds: int, out: Path,
+    references: Optional[Path], seeds: int, curve_seeds: int, out: Path, picture: Optional[Path],
 ) -> None:
-    """One line per field; JSON, and the curve as a picture beside it."""
-    found: Dict[str, Any] = {}
+    """One line per field; JSON, to which other fields are added later, and the curve as a picture."""
+    found: Dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     many, points = (int(part) for part in reference.split("x"))
     for name in names:
-        denoiser = field(name, mnist, cifar10)
-        clock = GaussianClock(denoiser.sigma_max, denoiser.sigma_data)
-        latents, labels = noises(denoiser, many, 10**6)
-        measure = measure_along if quick_reference else measure_profile
-        standard = measure(denoiser, latents, clock, points, batch=32, class_labels=labels)
-        runs = []
-        for seed in range(seeds):
-            result = train(denoiser, replace(PRESETS["default"], seed=seed))
-            values = result.learned.sigma(np.linspace(0, 1, 4097))
-            values[0], values[-1] = standard.horizon, 0.0
-            runs.append({"seed": seed, "J_over_J_star": standard.cost(values) / standard.optimum,
-                         "optimum": excess(result.profile, standard), "evaluations": sum(result.evaluations.values()),
-                         "expected_excess": result.profile.sampling_excess, "rl_seconds": result.seconds["rl"]})
-        label = Path(name).stem
-        found[label] = {"reference": f"{reference}, {1 if quick_reference else 3} evaluations each",
-                        "art_rl": runs, "curve": curve(denoiser, standard, seeds)}
-        scores = ", ".join(f"{run['J_over_J_star']:.4f} ({run['evaluations']:,})" for run in runs)
-        click.echo(f"{label:<20} J/J* of ART-RL (evaluations): {scores}")
+        denoiser, label = field(name, mnist, cifar10), Path(name).stem
+        each = 1 if quick_reference else 3
+        kept = references / f"{label}-{reference}-{each}.npz" if references else None
+        standard = reference_profile(denoiser, many, points, quick_reference, kept)
+        runs = [default_run(denoiser, standard, seed) for seed in range(seeds)]
+        found[label] = {"reference": f"{reference}, {each} evaluations each", "art_rl": runs,
+                        "curve": curve(denoiser, standard, curve_seeds)}
+        scores = ", ".join(f"{run['J_over_J_star']:.4f}/{run['optimum']:.4f} ({run['evaluations']:,})" for run in runs)
+        click.echo(f"{label:<20} J/J* of ART-RL/direct (evaluations): {scores}")
         write_json(out, found)
-        draw(out.with_suffix(".png"), found)
+    if picture:
+        draw(picture, found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Noises, and where their exact paths end: what end-point errors are measured against."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+
+from .denoiser import Denoiser
+from .distributed import ALONE, World
+from .grid import edm, edm_unpinned
+from .progress import GracefulStop, Progress, Stopped
+from .refine_state import Drawn, RefineConfig
+from .seeding import seeded_generator
+from .sensitivity import solve_ends
+from .solvers import nfe
+
+__all__ = ["draw", "draw_noises", "teller"]
+
+STREAM = (1 << 30) + 7  # of the noises, apart from the training's
+
+
+def draw_noises(
+    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE
+) -> Drawn:
+    """The noises of `config`, and where their exact paths from `sigma_max` end; for any solver and number of steps.
+
+    Raises Stopped when asked to stop, and NonFiniteOutput where the denoiser returned NaN or infinity.
+    """
+    with GracefulStop() as stop:
+        return draw(denoiser, config, sigma_max, quiet, world, stop)
+
+
+def draw(
+    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool, world: World, stop: GracefulStop
+) -> Drawn:
+    """As `draw_noises`, for a caller that watches for the signal to stop itself."""
+    count, generator = config.noises + config.held, seeded_generator(config.seed, STREAM)
+    latents = torch.randn((count, *denoiser.img_shape), generator=generator, dtype=torch.float64)
+    labels = denoiser.draw_labels(count, generator)
+    fine = edm(config.fine, denoiser.sigma_min, sigma_max) if denoiser.pinned else edm_unpinned(config.fine, sigma_max)
+    tell = teller(denoiser, "exact paths, images", count * nfe(config.fine_solver, config.fine), quiet, world, stop)
+    both, cost = solve_ends(
+        denoiser, latents.to(denoiser.device), labels, fine.values, config.fine_solver, config.batch, tell, world
+    )
+    return Drawn(both.part(slice(0, config.noises)), both.part(slice(config.noises, count)), cost)
+
+
+def teller(
+    denoiser: Denoiser, label: str, total: int, quiet: bool, world: World, stop: GracefulStop
+) -> Callable[[], None]:
+    """What long work calls between its pieces: it shows progress, and ends the work when asked to stop.
+
+    Args:
+        label: the stage and the unit of `total`, such as "refining, images".
+    """
+    progress, before = Progress(total // world.size, label, quiet), denoiser.evaluations
+
+    def tell() -> None:
+        world.check()
+        done = denoiser.evaluations - before
+        progress.update(min(done, total // world.size))
+        if stop.requested or done >= total // world.size:
+            progress.close()
+        if stop.requested:
+            raise Stopped(f"stopped during {label.split(',')[0]}")
+
+    return tell

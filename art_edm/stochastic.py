@@ -1,0 +1,234 @@
+"""Stochastic sampling: the reverse SDE on a grid, and the clock for its own local errors.
+
+    dx = (1 + beta) (x - D) / sigma dsigma + sqrt(2 beta sigma |dsigma|) xi,    sigma falling
+
+Symbols
+-------
+beta       strength of the noise: 0 is the probability-flow equation, 1 the reverse-time SDE. Every beta gives x the
+           same law at each noise level
+r, h       sigma_next / sigma and sigma - sigma_next of a step
+ancestral  x_next = D + r^(1 + beta) (x - D) + N, N = sigma_next sqrt(1 - r^(2 beta)) xi: exact where D stays as it
+           is. beta = 0 is Euler's step, beta = 1 the ancestral step of DDPM (2006.11239)
+euler      Euler-Maruyama: D + (1 - (1 + beta)(1 - r)) (x - D) + N, N = sqrt(beta (sigma^2 - sigma_next^2)) xi. A long
+           step turns x - D over and adds noise of the size of sigma: not for few steps
+e          x_next of one step from a path, less the path at sigma_next, both driven by the same noise
+growth     how much of e is left, RMS, at the last level: the SDE forgets early errors
+strong     distance to the exact path of the same noise. D moves by J_D g dW, J_D = dD/dx, g^2 = 2 beta sigma, so
+           |e|^2 / h^3 tends to ((1 + beta) / sigma)^2 |J_D g|^2 / 3; for Euler's step with J_D - 1 in place of J_D.
+           Errors of different steps have different noise: their squares add, sum |e|^2 growth^2 is of order 2
+weak       error of the law. For beta = 1 D is a martingale along the path: an ancestral step has the mean of x_next
+           right, and lacks variance, 2 <N, e> - |e|^2 per pixel, about 4 h^2 tr J_D / d. What steps lack adds up: the
+           sum of (2 <N, e> - |e|^2) growth^2 is of order 1. Exact for Gaussian data; where data have modes, a path
+           that changes from one to another counts as growth, though the law is the same
+
+"Of order p" is that of `profile`: a cost C theta^(p + 1), for which the optimal density is its root C^(1 / (p + 1)).
+Left out are the means of e, of order h^2, that Euler's steps and other beta have: of strong errors the smaller part.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import deque
+from functools import partial
+from typing import Callable, Deque, Iterable, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+
+from .clock import Clock
+from .denoiser import Denoiser
+from .devices import FiniteCheck
+from .distributed import ALONE, World
+from .field import evaluate, rms
+from .grid import Grid
+from .local_errors import STRIDE
+from .profile import TINY, Profile
+from .seeding import seeded_generator
+from .solvers import supported
+from .trajectories import BATCH, OnStep, supported_levels, travel
+
+__all__ = ["ORDERS_SDE", "SDE_STEPS", "TRACERS", "measure_stochastic", "sample_sde"]
+
+SDE_STEPS = ("ancestral", "euler")
+ORDERS_SDE = {"strong": 2, "weak": 1}
+TRACERS = 8  # steps of a dense path whose error is followed to the end
+
+
+@torch.no_grad()
+def sample_sde(
+    denoiser: Denoiser, latents: torch.Tensor, grid: Grid, beta: float = 1.0, seed: int = 0,
+    class_labels: Optional[torch.Tensor] = None, step: str = "ancestral", path: Optional[np.ndarray] = None,
+) -> torch.Tensor:
+    """Carry unit noise from the grid's first level to 0 by the reverse SDE; the step to 0 returns D.
+
+    An image's noise depends on its latents and the seed alone, not on the others of the batch.
+
+    Args:
+        denoiser, latents, grid, class_labels: as of `solvers.sample`.
+        beta: strength of the noise, not negative.
+        step: a name in `SDE_STEPS`.
+        path: descending levels, among them all of the (rounded) grid's, between which the noise is drawn. Grids that
+            share a path share the Brownian motion, whose steps add up to those of the grid. The grid's by default.
+    Returns:
+        Images [B, C, H, W] float64; K evaluations each.
+    Raises:
+        ValueError: an unknown step or a negative beta; a level that is not on the path; as `solvers.supported`.
+        NonFiniteOutput: the denoiser returned NaN or infinity.
+    """
+    _check(beta, step)
+    levels = supported(denoiser, grid).values
+    fine = levels if path is None else np.asarray(path, np.float64)
+    place = np.searchsorted(-fine, -levels[:-1])
+    if not np.array_equal(fine[np.minimum(place, len(fine) - 1)], levels[:-1]):
+        raise ValueError("the path lacks a level of the grid; pass all of the grid's among the path's levels")
+    draw = _Noise(latents, seed)
+    x, check = denoiser.initial(latents, float(levels[0])).to(torch.float64), FiniteCheck(latents.device)
+    for k, sigma in enumerate(levels[:-1]):
+        denoised = check.see(denoiser(x, x.new_full((), sigma), class_labels), x.new_full((), sigma))
+        if levels[k + 1] == 0:
+            x = denoised
+            break
+        parts = fine[place[k]:place[k + 1] + 1]
+        noise = _composed((draw() for _ in parts[1:]), parts, beta, step)
+        x = _advance(x, denoised, sigma, levels[k + 1], noise, beta, step)
+    check.settle()
+    return x
+
+
+def measure_stochastic(
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
+    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
+    beta: float = 1.0, step: str = "ancestral", error: str = "strong", stride: int = STRIDE, tracers: int = TRACERS,
+) -> Profile:
+    """As `local_errors.measure_errors`, for steps of the SDE along its paths: |e|^2 / h^3, or what is lacking / h^2.
+
+    A step over `stride` intervals of a dense path begins with what the path evaluated and sums its noise, so the
+    errors cost nothing more; they are those of the step less those of the path, a constant factor for all levels.
+
+    Args:
+        beta, step: as of `sample_sde`; beta above 0.
+        error: a name in `ORDERS_SDE`; weak is for ancestral steps.
+        tracers: steps, spread over the path, whose error is followed to its end, from which the growth is
+            interpolated in log-log; 0: local errors alone, growth 1.
+    Returns:
+        A profile of order 2 (strong) or 1 (weak). M P evaluations, and M P / 2 for each tracer.
+    Raises:
+        ValueError: an unknown step or error, beta not above 0, or fewer levels than a step spans.
+        NonFiniteOutput: the denoiser returned NaN or infinity.
+    """
+    _check(beta, step)
+    levels, order = supported_levels(denoiser, clock, points), ORDERS_SDE.get(error)
+    if order is None or (error, step) == ("weak", "euler"):
+        raise ValueError(f"found the error {error!r} of {step} steps, expected strong, or weak of ancestral steps")
+    if beta == 0 or len(levels) < stride + 2:
+        found = f"beta = {beta} and {len(levels)} noise levels"
+        raise ValueError(f"found {found}, expected beta above 0 and at least {stride + 2} levels for an SDE's errors")
+    length = levels[:-stride] - levels[stride:]  # h, [n]
+    launch = np.unique(np.linspace(stride, len(levels) - 1, tracers + 1).astype(int)[:-1])
+
+    def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
+        draw, check, noise = _Noise(x, 0), FiniteCheck(x.device), None
+        see = lambda x, level: evaluate(denoiser, x, level, labels, check.see)
+        window: Deque[_Point] = deque(maxlen=stride + 1)
+        columns, followed, errors = [], [], []  # sizes; paths that began with an error, and those errors
+        for k, level in enumerate(levels):
+            window.append(_Point(x, see(x, level), noise))
+            if k >= stride:
+                end, added = _whole_step(list(window), levels[k - stride:k + 1], beta, step)
+                columns.append(_size(error, end - x, added) / length[k - stride] ** (order + 1))
+                if k in launch:
+                    followed.append(end)
+                    errors.append(rms(end - x))
+            if k + 1 < len(levels):
+                noise = draw()
+                part = _composed([noise], levels[k:k + 2], beta, step)
+                move = partial(_advance, sigma=level, after=levels[k + 1], noise=part, beta=beta, step=step)
+                followed = [move(other, see(other, level)) for other in followed]
+                x = move(x, window[-1].denoised)
+            tell()
+        check.settle()
+        ends = [rms(other - x) / (e + TINY) for other, e in zip(followed, errors)]
+        growth = _interpolated(ends, levels[launch], levels[stride:]) if ends else 1.0
+        return torch.stack(columns, dim=1).cpu() * growth**2  # [b, n]
+
+    start = time.perf_counter()
+    norm, evaluations = travel(denoiser, latents, clock, norms, len(length), batch, class_labels, on_step, world)
+    middle = np.sqrt(levels[:-stride] * levels[stride:])
+    sigma = np.concatenate([levels[:1], middle, levels[-1:]])
+    held = np.concatenate([norm[:, :1], norm, norm[:, -1:]], axis=1)
+    return Profile(clock, sigma, held, evaluations, time.perf_counter() - start, order)
+
+
+class _Point(NamedTuple):
+    """A point of the dense path, and the noise of the interval that ends there."""
+
+    x: torch.Tensor
+    denoised: torch.Tensor
+    noise: Optional[torch.Tensor]  # unit normal
+
+
+class _Noise:
+    """Unit normal images [B, C, H, W], one after the other; each image's depend on its `latents` and the seed."""
+
+    def __init__(self, latents: torch.Tensor, seed: int) -> None:
+        content = latents.detach().to("cpu", torch.float64).numpy()
+        self.generators = [seeded_generator(seed, zlib.crc32(image.tobytes())) for image in content]
+        self.shape, self.device = latents.shape[1:], latents.device
+
+    def __call__(self) -> torch.Tensor:
+        draws = [torch.randn(self.shape, generator=one, dtype=torch.float64) for one in self.generators]
+        return torch.stack(draws).to(self.device) if draws else torch.zeros((0, *self.shape), device=self.device)
+
+
+def _whole_step(
+    points: List[_Point], levels: np.ndarray, beta: float, step: str
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Where one step from the first of the points to the level of the last ends, and the noise it adds."""
+    noise = _composed([point.noise for point in points[1:]], levels, beta, step)
+    return _advance(points[0].x, points[0].denoised, levels[0], levels[-1], noise, beta, step), noise
+
+
+def _size(error: str, e: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What a step does wrong, [B], per pixel."""
+    square = e.square().flatten(1).mean(dim=1)
+    return square if error == "strong" else (2 * (noise * e).flatten(1).mean(dim=1) - square).abs()
+
+
+def _check(beta: float, step: str) -> None:
+    if step not in SDE_STEPS:
+        raise ValueError(f"found step {step!r}, expected one of {', '.join(SDE_STEPS)}")
+    if not 0 <= beta < float("inf"):
+        raise ValueError(f"found beta = {beta}, expected a finite number, not negative")
+
+
+def _advance(
+    x: torch.Tensor, denoised: torch.Tensor, sigma: float, after: float, noise: torch.Tensor, beta: float, step: str
+) -> torch.Tensor:
+    """One step, with the noise [B, C, H, W] it adds."""
+    ratio = after / sigma
+    kept = ratio ** (1 + beta) if step == "ancestral" else 1 - (1 + beta) * (1 - ratio)
+    return denoised + kept * (x - denoised) + noise
+
+
+def _composed(draws: Iterable[torch.Tensor], levels: np.ndarray, beta: float, step: str) -> torch.Tensor:
+    """The noise of a step from the first level to the last, from unit normals of the intervals between.
+
+    Each has the variance that arises in its interval: of an ancestral step (target / s)^(2 + 2 beta) 2 beta s ds, as
+    it is carried on to the target; of Euler's 2 beta s ds. The normals stand for the same Brownian motion for all
+    steps, up to how the weight (target / s)^(1 + beta) changes within an interval.
+    """
+    above, below, target = levels[:-1], levels[1:], levels[-1]
+    if step == "ancestral":
+        variance = target**2 * ((target / below) ** (2 * beta) - (target / above) ** (2 * beta))
+    else:
+        variance = beta * (above**2 - below**2)
+    return sum(float(each) * draw for each, draw in zip(np.sqrt(np.maximum(variance, 0)), draws))
+
+
+def _interpolated(growth: List[torch.Tensor], known: np.ndarray, levels: np.ndarray) -> torch.Tensor:
+    """Growth [b, n] at `levels` from that [S, b] at a few; linear in log-log, and 1 at the last level."""
+    points = np.log(np.append(known, levels[-1])[::-1])  # ascending
+    values = [np.log(one.cpu().numpy() + TINY) for one in growth]
+    rows: Tuple[np.ndarray, ...] = tuple(np.stack([*values, np.zeros_like(values[0])], axis=1)[:, ::-1])
+    return torch.from_numpy(np.exp([np.interp(np.log(levels), points, row) for row in rows]))

@@ -1,0 +1,150 @@
+"""Where each solver ends on which grid: EDM's rule, ART's clock, its own clock, the end-point objective, refined.
+
+The clocks are optimal ones (`--method=direct`); errors are RMS distances from exact end points over noises that chose
+nothing. Cells are kept in --cache, so that a long table can be made in pieces.
+Run by hand:
+    python -m tests.benchmarks.solver_clocks mnist gaussian:0.5 oned --cache=cells --out=solver_clocks.json
+    python -m tests.benchmarks.solver_clocks empirical-mnist --mnist=DIR --rules=edm,art,endpoint --cache=cells
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import click
+import numpy as np
+import torch
+
+from art_edm.cells import Cells
+from art_edm.config import TrainConfig
+from art_edm.exact_ends import draw_noises
+from art_edm.field import rms
+from art_edm.files import write_json
+from art_edm.grid import Grid, edm, edm_unpinned
+from art_edm.growth import choose_growth, optimum_of
+from art_edm.image_fields import cifar10_images, empirical, mnist_images
+from art_edm.loading import Network, load_network
+from art_edm.profile import Profile
+from art_edm.refine import RefineConfig, refine
+from art_edm.refine_state import Drawn
+from art_edm.solvers import fitted, nfe, sample
+from art_edm.training import train
+
+STEPS = (3, 5, 7, 10, 18)
+RULES = ("edm", "art", "own", "endpoint", "refined")
+FINE = 60  # steps of RK4 on EDM's rule, whose last step is short: the judges' exact paths
+SEED = 1000  # of the judges' noises
+CONFIG = RefineConfig()
+
+
+class Bench:
+    """One field: its clocks, its judges, and what is known already."""
+
+    def __init__(self, network: Network, noises: int, cells: Cells) -> None:
+        self.network, self.denoiser, self.noises, self.cells = network, network.denoiser, noises, cells
+        self.profiles: Dict[Optional[str], Profile] = {}
+        self.drawn: Optional[Drawn] = None
+        generator = torch.Generator().manual_seed(SEED)
+        self.latents = torch.randn((noises, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
+        what = {**self._what(), "kind": "judges", "fine": FINE}
+        known = cells.load(what)
+        if known is None:
+            ends = sample(self.denoiser, self.latents, self.rule(FINE), "rk4", batch=64)
+            known = {"ends": ends.numpy()}
+            cells.save(what, known)
+        self.ends = torch.from_numpy(known["ends"])
+
+    def _what(self) -> Dict[str, Any]:
+        return {"network": self.network.identity, "noises": self.noises, "seed": SEED, "version": 2}
+
+    def profile(self, solver: Optional[str] = None) -> Profile:
+        """Of |Q|, or of a solver's local errors."""
+        if solver not in self.profiles:
+            self.profiles[solver] = train(self.denoiser, TrainConfig(method="direct", solver=solver)).profile
+        return self.profiles[solver]
+
+    def rule(self, steps: int) -> Grid:
+        """EDM's."""
+        low, top = self.denoiser.sigma_min, self.denoiser.sigma_max
+        return edm(steps, low, top) if self.denoiser.pinned else edm_unpinned(steps, top)
+
+    def plain(self, steps: int, solver: Optional[str] = None) -> Grid:
+        """The optimum of a profile."""
+        return fitted(self.denoiser, self.profile(solver).direct(steps))
+
+    def grid(self, rule: str, solver: str, steps: int) -> Tuple[Grid, Dict[str, float]]:
+        """The grid, and what it cost beyond the profile."""
+        denoiser = self.denoiser
+        if rule == "edm":
+            return self.rule(steps), {}
+        if rule in ("art", "own"):
+            return self.plain(steps, solver if rule == "own" else None), {}
+        if self.drawn is None:
+            self.drawn = draw_noises(denoiser, CONFIG, denoiser.sigma_max)
+        plain = self.plain(steps)
+        if rule == "endpoint":
+            found = choose_growth(denoiser, optimum_of(self.profile()), plain, solver, self.drawn, CONFIG.batch)
+            return found.grid, {"beta": found.beta, "evaluations": found.evaluations}
+        found = refine(denoiser, plain, solver, CONFIG, noises=self.drawn)
+        return found.grid, {"evaluations": found.evaluations}
+
+    def cell(self, rule: str, solver: str, steps: int) -> Dict[str, Any]:
+        """RMS over noises, its standard error, median, and each noise's error."""
+        what = {**self._what(), "rule": rule, "solver": solver, "steps": steps}
+        known = self.cells.load(what)
+        if known is None:
+            grid, more = self.grid(rule, solver, steps)
+            errors = rms(sample(self.denoiser, self.latents, grid, solver, batch=64) - self.ends).numpy()
+            known = {"errors": errors, "levels": grid.values, **{name: np.array(value) for name, value in more.items()}}
+            self.cells.save(what, known)
+        errors = known["errors"]
+        total = float(np.sqrt(np.square(errors).mean()))
+        stderr = float(np.square(errors).std(ddof=1) / len(errors) ** 0.5 / (2 * total))
+        more = {name: float(known[name]) for name in ("beta", "evaluations") if name in known}
+        return {"rms": total, "stderr": stderr, "mean": float(errors.mean()), "median": float(np.median(errors)),
+                "levels": known["levels"].tolist(), **more}
+
+
+def field(name: str, mnist: Optional[Path], cifar10: Optional[Path], images: int) -> Network:
+    """A network by name, or an exact field of images."""
+    if name == "empirical-mnist":
+        return empirical(name, mnist_images(mnist, images), torch.device("cpu"))
+    if name == "empirical-cifar10":
+        return empirical(name, cifar10_images(cifar10, images), torch.device("cpu"))
+    return load_network(name)
+
+
+@click.command()
+@click.argument("fields", nargs=-1, required=True)
+@click.option("--solvers", default="euler,heun,rk4,dpmpp2m,ipndm", show_default=True)
+@click.option("--steps", default=",".join(map(str, STEPS)), show_default=True)
+@click.option("--rules", default=",".join(RULES), show_default=True)
+@click.option("--noises", default=256, show_default=True)
+@click.option("--images", default=2000, show_default=True, help="Of the exact fields.")
+@click.option("--mnist", type=click.Path(path_type=Path))
+@click.option("--cifar10", type=click.Path(path_type=Path))
+@click.option("--cache", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path))
+def main(
+    fields: Tuple[str, ...], solvers: str, steps: str, rules: str, noises: int, images: int, mnist: Optional[Path],
+    cifar10: Optional[Path], cache: Path, out: Optional[Path],
+) -> None:
+    """A line for each field, solver and rule."""
+    counts, table = [int(k) for k in steps.split(",")], {}
+    for name in fields:
+        network = field(name, mnist, cifar10, images)
+        bench = Bench(network, noises, Cells(cache))
+        for solver in solvers.split(","):
+            for rule in rules.split(","):
+                cells: List[Dict[str, Any]] = [bench.cell(rule, solver, k) for k in counts]
+                table.setdefault(network.name, {}).setdefault(solver, {})[rule] = cells
+                shown = "  ".join(f"{cell['rms']:.4g}±{cell['stderr']:.2g}" for cell in cells)
+                click.echo(f"{network.name:<18} {solver:<8} {rule:<9} {shown}")
+    if out:
+        cost = {solver: [nfe(solver, k) for k in counts] for solver in solvers.split(",")}
+        write_json(out, {"steps": counts, "nfe": cost, "noises": noises, "images": images, "table": table})
+
+
+if __name__ == "__main__":
+    main()
