@@ -16,6 +16,7 @@ from .profile import Profile
 __all__ = ["CheckpointMismatch", "State", "read_checkpoint", "write_checkpoint"]
 
 _PLAIN = ("iteration", "gamma", "round", "history", "evaluations", "seconds")  # saved as they are
+_PROFILES = ("first", "profile")
 _ARRAYS = ("knots", "paths")  # lists of arrays
 
 
@@ -33,6 +34,7 @@ class State:
     knots: List[np.ndarray] = field(default_factory=list)  # one learned path per finished round
     paths: List[np.ndarray] = field(default_factory=list)  # s of the last iterations, [N + 1, B] each
     history: List[Dict[str, float]] = field(default_factory=list)
+    first: Optional[Profile] = None  # of the trajectories that tell whether more are needed
     profile: Optional[Profile] = None
     evaluations: int = 0
     seconds: float = 0.0
@@ -45,12 +47,13 @@ def write_checkpoint(path: Path, state: State, settings: Dict[str, Any]) -> None
     for name in _ARRAYS:
         content[name] = [torch.from_numpy(array.copy()) for array in getattr(state, name)]
     content["parts"] = {name: part.state_dict() for name, part in state.parts.items()}
-    if state.profile is not None:
-        p = state.profile
-        content["profile"] = {
-            "sigma": torch.from_numpy(p.sigma), "norm": torch.from_numpy(p.norm), "evaluations": p.evaluations,
-            "seconds": p.seconds, "order": p.order,
-        }
+    for name in _PROFILES:
+        p = getattr(state, name)
+        if p is not None:
+            content[name] = {
+                "sigma": torch.from_numpy(p.sigma), "norm": torch.from_numpy(p.norm), "evaluations": p.evaluations,
+                "seconds": p.seconds, "order": p.order,
+            }
     content["settings"] = settings
     try:
         save_tensors(path, content)
@@ -86,8 +89,9 @@ def read_checkpoint(path: Path, settings: Dict[str, Any], clock: Clock) -> "tupl
     state = State(**{name: content[name] for name in _PLAIN})
     for name in _ARRAYS:
         setattr(state, name, [tensor.numpy() for tensor in content[name]])
-    if "profile" in content:
-        p = content["profile"]
-        plain = (p[name] for name in ("evaluations", "seconds", "order"))
-        state.profile = Profile(clock, p["sigma"].numpy(), p["norm"].numpy(), *plain)
+    for name in _PROFILES:
+        if name in content:
+            p = content[name]
+            plain = (p[each] for each in ("evaluations", "seconds", "order"))
+            setattr(state, name, Profile(clock, p["sigma"].numpy(), p["norm"].numpy(), *plain))
     return state, content["parts"]

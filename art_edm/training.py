@@ -111,10 +111,8 @@ class _Run:
         """Choose the step of differences where the network asks for it, as a resumed run does again; what it cost."""
         denoiser, before = self.denoiser, self.denoiser.evaluations
         if denoiser.difference_step is None and (self.config.rollout == "live" or not self.config.shared):
-            generator = seeded_generator(self.config.seed, (1 << 30) + 1)
-            latents = torch.randn((1, *denoiser.img_shape), generator=generator, dtype=torch.float64)
-            labels = denoiser.draw_labels(1, generator)
-            denoiser.difference_step = choose_step(denoiser, latents.to(denoiser.device), labels)
+            draw = draws(denoiser, seeded_generator(self.config.seed, (1 << 30) + 1))
+            denoiser.difference_step = choose_step(denoiser, *draw(1))
         return denoiser.evaluations - before
 
     def measure(self, stop: GracefulStop) -> None:
@@ -136,9 +134,13 @@ class _Run:
                 progress.close()
                 self._stop("while measuring the profile")
 
+        def keep(first: Profile) -> None:
+            self.state.first = first
+            self.save()
+
         self.state.profile = measure_enough(
             self.denoiser, draw, self.profile_clock, config.trajectories, config.points, on_step, self.world, method,
-            config.tolerance,
+            config.tolerance, self.state.first, keep,
         )
         progress.close()
         self.save()
@@ -267,8 +269,7 @@ class _Run:
         return np.concatenate(self.state.paths, axis=1)[:, -self.config.keep :]
 
     def result(self) -> TrainResult:
-        state, profile = self.state, self.state.profile
-        paths = self._paths() if state.paths else None
+        state, profile, paths = self.state, self.state.profile, self._paths() if self.state.paths else None
         return TrainResult(
             profile=profile,
             learned=None if paths is None else distill(paths, self._clock()),

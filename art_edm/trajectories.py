@@ -161,6 +161,7 @@ def draws(denoiser: Denoiser, generator: torch.Generator) -> Draw:
 def measure_enough(
     denoiser: Denoiser, draw: Draw, clock: Clock, trajectories: int, points: int, on_step: Optional[OnStep] = None,
     world: World = ALONE, method: Callable[..., Profile] = measure_along, tolerance: float = 0.0,
+    first: Optional[Profile] = None, keep: Optional[Callable[[Profile], None]] = None,
 ) -> Profile:
     """A profile of a third of the trajectories, and of others only where it leaves its optimum uncertain.
 
@@ -174,6 +175,8 @@ def measure_enough(
         trajectories, points: M and P; no more than M P points are measured.
         method: `measure_along`, or another of its kind.
         tolerance: how far, as J/J* - 1, the third may be off for the others to be spared; 0 measures all alike.
+        first: what an earlier call with the same arguments, which was stopped, gave to `keep`.
+        keep: takes the third's profile as soon as it is there.
     """
     latents, labels = draw(trajectories)
     few, spent = trajectories // 3, 0
@@ -187,7 +190,9 @@ def measure_enough(
 
     if not tolerance or few < ENOUGH:
         return measure(slice(None))
-    found = measure(slice(few))
+    found = first or measure(slice(few))
+    if keep and not first:
+        keep(found)
     spent, jumps = found.evaluations, method is measure_along and found.largest_share > MOST
     if found.sampling_excess <= tolerance and not jumps:
         return found

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from art_edm import training
-from art_edm.analytic import GaussianDenoiser
+from art_edm.analytic import EmpiricalDenoiser, GaussianDenoiser
 from art_edm.clock import EdmClock, make_clock
 from art_edm.denoiser import NonFiniteOutput
 from art_edm.progress import Stopped
@@ -162,6 +162,34 @@ def test_stopped_while_measuring_the_profile(whole, tmp_path):
     with pytest.raises(Stopped) as stopped:
         train(gaussian(Interrupting), SHORT)
     assert "saved" not in str(stopped.value)  # there is no file to be saved in
+
+
+def jumping() -> EmpiricalDenoiser:
+    """Few images far apart: a path settles on one of them at once."""
+    return EmpiricalDenoiser(3 * torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("kind, wide", [(gaussian, False), (jumping, True)])
+def test_killed_while_measuring_it_keeps_the_first_third(kind, wide, tmp_path, monkeypatch):
+    """Whether the rest are as the first or many short ones: same bytes, and the first third is not measured again."""
+    config = replace(SHORT, method="direct", trajectories=24, points=30, tolerance=1e-12)
+    alone = train(kind(), config).profile
+    assert (len(alone.norm) > 24) == wide
+    model, checkpoint, original = kind(), tmp_path / "state", type(kind()).denoise
+
+    def failing(self, *args):
+        if self is model and self.evaluations > 300:
+            raise Killed
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "denoise", failing)
+        with pytest.raises(Killed):
+            train(model, config, checkpoint=checkpoint)
+    model = kind()
+    again = train(model, config, checkpoint=checkpoint, resume=True).profile
+    assert again.norm.tobytes() == alone.norm.tobytes() and again.evaluations == alone.evaluations
+    assert model.evaluations == alone.evaluations - 8 * 30
 
 
 def test_without_resume_a_run_starts_again(whole, tmp_path):
