@@ -58,7 +58,7 @@ class TrainConfig:
             found = f"batch is {self.batch} with repeats = {self.repeats}, baseline = {self.baseline}"
             raise ValueError(f"{found}; expected a multiple of repeats, and at least 2 for a baseline")
         if self.solver is not None and self.rollout == "live":
-            expected = "expected cached ones; live rollouts measure |Q| alone"
+            expected = "expected cached ones, as live rollouts measure |Q| alone; leave --rollout=live out"
             raise ValueError(f"found live rollouts for the errors of {self.solver}, {expected}")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from contextlib import contextmanager
+from typing import Callable, Iterator
 
 import torch
 
@@ -39,16 +40,18 @@ def draw(
     latents = torch.randn((count, *denoiser.img_shape), generator=generator, dtype=torch.float64)
     labels = denoiser.draw_labels(count, generator)
     fine = edm(config.fine, denoiser.sigma_min, sigma_max) if denoiser.pinned else edm_unpinned(config.fine, sigma_max)
-    tell = teller(denoiser, "exact paths, images", count * nfe(config.fine_solver, config.fine), quiet, world, stop)
-    both, cost = solve_ends(
-        denoiser, latents.to(denoiser.device), labels, fine.values, config.fine_solver, config.batch, tell, world
-    )
+    total = count * nfe(config.fine_solver, config.fine)
+    with teller(denoiser, "exact paths, images", total, quiet, world, stop) as tell:
+        both, cost = solve_ends(
+            denoiser, latents.to(denoiser.device), labels, fine.values, config.fine_solver, config.batch, tell, world
+        )
     return Drawn(both.part(slice(0, config.noises)), both.part(slice(config.noises, count)), cost)
 
 
+@contextmanager
 def teller(
     denoiser: Denoiser, label: str, total: int, quiet: bool, world: World, stop: GracefulStop
-) -> Callable[[], None]:
+) -> Iterator[Callable[[], None]]:
     """What long work calls between its pieces: it shows progress, and ends the work when asked to stop.
 
     Args:
@@ -60,9 +63,10 @@ def teller(
         world.check()
         done = denoiser.evaluations - before
         progress.update(min(done, total // world.size))
-        if stop.requested or done >= total // world.size:
-            progress.close()
         if stop.requested:
             raise Stopped(f"stopped during {label.split(',')[0]}")
 
-    return tell
+    try:
+        yield tell
+    finally:
+        progress.close()

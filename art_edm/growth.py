@@ -10,7 +10,7 @@ tau    time of a learned clock, as a fraction
 The optimum of the weighted cost has the density sqrt(q) w^(beta / 2) over sigma: that of the unweighted one times
 w^(beta / 2). So one learned clock serves every beta, and the one number that is not known, how errors grow under the
 solver in use at this number of steps, is found by where the solver ends: beta is the one of least mean end-point
-error over some noises, or 0 where what it gains over that is within two standard errors of the gains' mean.
+error over some noises, or 0 where what it gains over that is within three standard errors of the gains' mean.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FINE = 8192  # steps of time in the quadrature
 COARSE = (-0.8, -0.4, 0.0, 0.4, 0.8, 1.2, 1.6)  # beta; no other minimum was seen in between
 FURTHER = 4  # more such steps, where the least is the last
 CLOSER = 6  # more between the neighbours of the least
-SURE = 2  # standard errors by which a gain must differ from none
+SURE = 3  # standard errors by which a gain must differ from none
 
 Sigma = Callable[[np.ndarray], np.ndarray]
 
@@ -48,15 +48,15 @@ class Weighted(NamedTuple):
     grid: Grid
     beta: float
     error_before: EndError  # of beta = 0
-    error_after: EndError  # of `grid`, over the same noises; the mean is never above
-    tried: Dict[float, float]  # beta -> mean error
+    error_after: EndError  # of `grid`, over the same noises, which chose it: a little too good; never above in the mean
+    tried: Dict[float, float]  # beta -> mean error; infinite where the model does not have the levels
     evaluations: int
     seconds: float
     solver: str
 
     def record(self) -> Dict[str, Any]:
         """For a grid's provenance, ready for JSON."""
-        tried = [{"beta": beta, "error": error} for beta, error in sorted(self.tried.items())]
+        tried = [{"beta": beta, "error": error} for beta, error in sorted(self.tried.items()) if error < np.inf]
         return {"solver": self.solver, "beta": self.beta, "tried": tried, "evaluations": self.evaluations,
                 "seconds": self.seconds, "error_before": self.error_before._asdict(),
                 "error_after": self.error_after._asdict()}
@@ -108,10 +108,11 @@ def choose_growth(
         NonFiniteOutput: the denoiser returned NaN or infinity.
         ValueError: an unknown solver, or a grid the model does not support.
     """
+    plain = fitted(denoiser, plain)
     steps, began, tried = plain.num_steps, time.perf_counter(), {}  # beta -> error of each noise
     total = nfe(solver, steps) * sum(len(part.latents) for part in noises[:2]) * (len(COARSE) + CLOSER)
-    with GracefulStop() as stop:
-        tell = teller(denoiser, f"end-point objective, K = {steps}, images", total, quiet, world, stop)
+    label = f"end-point objective, K = {steps}, images"
+    with GracefulStop() as stop, teller(denoiser, label, total, quiet, world, stop) as tell:
         parts = [Travel(denoiser, solver, part, batch, tell, world) for part in noises[:2]]
 
         def grid(beta: float) -> Grid:
@@ -125,7 +126,7 @@ def choose_growth(
                 except ValueError:  # two levels become one that the model knows
                     tried[beta] = np.array([np.inf])
                 else:
-                    tried[beta] = np.concatenate([part.run(levels).errors for part in parts])
+                    tried[beta] = np.concatenate([part.run(levels, keep=False).errors for part in parts])
             return float(tried[beta].mean())
 
         error(0.0)

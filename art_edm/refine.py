@@ -113,7 +113,8 @@ def check_refinable(denoiser: Denoiser, solver: str) -> None:
     if not torch.allclose(rounded, probe, rtol=1e-6, atol=0):
         raise ValueError(
             f"found a network of discrete noise levels ({float(probe[worst]):.6g} becomes {float(rounded[worst]):.6g}),"
-            " expected one of all levels, as refining moves them by little; use the grid as it is, without --refine"
+            " expected one of all levels, as they are moved by little; use the grid as it is, without --refine or "
+            "--objective=endpoint"
         )
 
 
@@ -140,20 +141,19 @@ class _Refinement:
         if self.noises is None:
             self.noises = draw(self.denoiser, self.config, self.first, self.quiet, self.world, stop)
             self.save()
-        tell = teller(self.denoiser, "refining, images", self._expected(), self.quiet, self.world, stop)
-        train, held = (
-            Travel(self.denoiser, self.solver, part, self.config.batch, tell, self.world) for part in self.noises[:2]
-        )
-        run = None if state.finished else train.run(self._levels(state.q))
-        if state.history:  # that run was counted when it was accepted
-            train.evaluations = state.evaluations - (0 if self.given else self.noises.evaluations)
-        else:
-            errors = held.run(self.grid.values).errors
-            state.before = state.after = list(EndError.of(errors))
-            state.finished = self.grid.num_steps == 1
-            self._note(run, errors, train, held)
-        while not state.finished:
-            run = self._iterate(run, train, held)
+        with teller(self.denoiser, "refining, images", self._expected(), self.quiet, self.world, stop) as tell:
+            batch, world = self.config.batch, self.world
+            train, held = (Travel(self.denoiser, self.solver, part, batch, tell, world) for part in self.noises[:2])
+            run = None if state.finished else train.run(self._levels(state.q))
+            if state.history:  # that run was counted when it was accepted
+                train.evaluations = state.evaluations - (0 if self.given else self.noises.evaluations)
+            else:
+                errors = held.run(self.grid.values).errors
+                state.before = state.after = list(EndError.of(errors))
+                state.finished = self.grid.num_steps == 1
+                self._note(run, errors, train, held)
+            while not state.finished:
+                run = self._iterate(run, train, held)
         return RefineResult(
             Grid(state.best.numpy()), EndError(*state.before), EndError(*state.after), state.history,
             state.evaluations, state.seconds, {"solver": self.solver, **asdict(self.config)},

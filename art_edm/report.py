@@ -54,7 +54,7 @@ def provenance(
 
     `J_over_J_star` and `J_over_J_star_rules` compare clocks, in the limit of many steps;
     `J_over_J_star_grids` compares grids of this number of steps, theta constant in each step, where even
-    the optimal clock's grid (`direct`) is above 1.
+    the optimal clock's grid (`direct`) is above 1. What weighting or refinement did to the grid is in the last alone.
     """
     profile = result.profile
     grids = {**hand_made(network.denoiser, grid.num_steps), "direct": profile.direct(grid.num_steps), "this": grid}
@@ -64,7 +64,9 @@ def provenance(
         "J": score * profile.optimum, "J_star": profile.optimum, "J_over_J_star": score,
         "J_over_J_star_rules": rule_scores(network.denoiser, profile),
         "J_over_J_star_grids": {name: profile.cost(g.values) / profile.optimum for name, g in grids.items()},
-        "price_of_distillation": profile.price, "terminal_error": result.terminal_error,
+        # of an SDE it would be the noise of single paths
+        "price_of_distillation": None if config.solver == "sde" else profile.price,
+        "terminal_error": result.terminal_error,
         "evaluations": evaluations, "evaluations_by_stage": result.evaluations,
         "network_calls": evaluations * network.denoiser.networks,
         "seconds": sum(seconds.values()), "seconds_by_stage": seconds,
@@ -76,6 +78,7 @@ def provenance(
 def table(record: Dict[str, Any]) -> List[str]:
     """Lines of the table shown after a run, from the sidecar's record."""
     label = "ART-RL" if record["method"] == "rl" else "direct"
+    label = "this grid" if {"weighted", "refined"} & set(record) else label
     steps = record["num_steps"]
     lines = [f"{'J/J*':<14}{'clock':>10}{f'K = {steps}':>12}"]
     clocks = {**record["J_over_J_star_rules"], "direct": 1.0, "this": record["J_over_J_star"]}
@@ -83,13 +86,12 @@ def table(record: Dict[str, Any]) -> List[str]:
         if name == "direct" and label == "direct":
             continue
         shown = label if name == "this" else name
-        lines.append(f"{shown:<14}{_number(clocks[name]):>10}{_number(value):>12}")
-    error = record["terminal_error"]
-    lines.append(
-        f"price of distillation {record['price_of_distillation']:.4f}"
-        + (f", terminal error {error:+.4f}" if error is not None else "")
-    )
-    return lines
+        clock = "-" if shown == "this grid" else _number(clocks[name])
+        lines.append(f"{shown:<14}{clock:>10}{_number(value):>12}")
+    price, error = record["price_of_distillation"], record["terminal_error"]
+    told = [f"price of distillation {price:.4f}"] if price is not None else []
+    told += [f"terminal error {error:+.4f}"] if error is not None else []
+    return [*lines, ", ".join(told)] if told else lines
 
 
 def _number(value: float) -> str:

@@ -126,8 +126,8 @@ class Travel:
         return rows[:-1]
 
     @torch.no_grad()
-    def run(self, levels: np.ndarray) -> Run:
-        """Take every noise over the levels [K + 1]."""
+    def run(self, levels: np.ndarray, keep: bool = True) -> Run:
+        """Take every noise over the levels [K + 1]; without `keep` for the errors alone, in little memory."""
         before, errors = self.denoiser.evaluations, torch.zeros(len(self.noises.latents), 1, dtype=torch.float64)
         starts, ends = [], []
         with self.world.phase(), full_precision():
@@ -135,8 +135,9 @@ class Travel:
                 x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
                 x, kept = self._recorded(self._slope(part), x, torch.tensor(levels, device=x.device))
                 errors[part, 0] = rms(x - self.noises.ends[part]).cpu()
-                starts.append(kept)
-                ends.append(x)
+                if keep:
+                    starts.append(kept)
+                    ends.append(x)
                 self.tell()
         return Run(levels, self._sum(errors, before)[:, 0], starts, ends)
 

@@ -17,12 +17,14 @@ strong     distance to the exact path of the same noise. D moves by J_D g dW, J_
            |e|^2 / h^3 tends to ((1 + beta) / sigma)^2 |J_D g|^2 / 3; for Euler's step with J_D - 1 in place of J_D.
            Errors of different steps have different noise: their squares add, sum |e|^2 growth^2 is of order 2
 weak       error of the law. For beta = 1 D is a martingale along the path: an ancestral step has the mean of x_next
-           right, and lacks variance, 2 <N, e> - |e|^2 per pixel, about 4 h^2 tr J_D / d. What steps lack adds up: the
-           sum of (2 <N, e> - |e|^2) growth^2 is of order 1. Exact for Gaussian data; where data have modes, a path
-           that changes from one to another counts as growth, though the law is the same
+           right, and too little variance, |e|^2 - 2 <N, e> per pixel, about 4 h^2 tr J_D / d. What is missing adds up:
+           the sum of its size times growth^2 is of order 1. Exact for Gaussian data of many pixels (the size is
+           taken image by image); where data have modes, a path that changes from one to another counts as growth,
+           though the law is the same
 
 "Of order p" is that of `profile`: a cost C theta^(p + 1), for which the optimal density is its root C^(1 / (p + 1)).
-Left out are the means of e, of order h^2, that Euler's steps and other beta have: of strong errors the smaller part.
+Left out are the means of e, of order h^2, that Euler's steps and other beta have. They add up to the same order as
+the rest, so that for those the clock is not the optimum.
 """
 
 from __future__ import annotations
@@ -121,9 +123,10 @@ def measure_stochastic(
     levels, order = supported_levels(denoiser, clock, points), ORDERS_SDE.get(error)
     if order is None or (error, step) == ("weak", "euler"):
         raise ValueError(f"found the error {error!r} of {step} steps, expected strong, or weak of ancestral steps")
-    if beta == 0 or len(levels) < stride + 2:
-        found = f"beta = {beta} and {len(levels)} noise levels"
-        raise ValueError(f"found {found}, expected beta above 0 and at least {stride + 2} levels for an SDE's errors")
+    if beta == 0:
+        raise ValueError("found beta = 0, expected noise to measure an SDE's errors; use measure_errors without it")
+    if len(levels) < stride + 2:
+        raise ValueError(f"found {len(levels)} noise levels, expected at least {stride + 2} for an SDE's errors")
     length = levels[:-stride] - levels[stride:]  # h, [n]
     launch = np.unique(np.linspace(stride, len(levels) - 1, tracers + 1).astype(int)[:-1])
 
@@ -148,7 +151,7 @@ def measure_stochastic(
                 x = move(x, window[-1].denoised)
             tell()
         check.settle()
-        ends = [rms(other - x) / (e + TINY) for other, e in zip(followed, errors)]
+        ends = [torch.where(e > TINY, rms(other - x) / (e + TINY), 1.0) for other, e in zip(followed, errors)]
         growth = _interpolated(ends, levels[launch], levels[stride:]) if ends else 1.0
         return torch.stack(columns, dim=1).cpu() * growth**2  # [b, n]
 

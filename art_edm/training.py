@@ -92,7 +92,6 @@ def train(
 
 class _Run:
     """One run: state, and the stages that change it."""
-
     def __init__(
         self, denoiser: Denoiser, config: TrainConfig, identity: str, checkpoint: Optional[Path], quiet: bool,
         world: World = ALONE,
@@ -138,10 +137,10 @@ class _Run:
             self.state.first = first
             self.save()
 
-        self.state.profile = measure_enough(
+        self.state.profile, self.state.first = measure_enough(
             self.denoiser, draw, self.profile_clock, config.trajectories, config.points, on_step, self.world, method,
             config.tolerance, self.state.first, keep,
-        )
+        ), None
         progress.close()
         self.save()
 
@@ -149,9 +148,10 @@ class _Run:
         """All rounds: of live paths on all processes alike, else on process 0, which tells the others."""
         with few_threads(not self.live):
             if self.live:
+                own = self.state.iteration < self.config.iterations  # else, resumed, the count is everyone's already
                 self._rounds(stop)
-                local = torch.tensor([float(self.state.evaluations)]).to(self.world.device)
-                self.state.evaluations = int(self.world.sum(local))
+                count = torch.tensor([float(self.state.evaluations)], dtype=torch.float64).to(self.world.device)
+                self.state.evaluations = int(self.world.sum(count)) if own else self.state.evaluations
             else:
                 with self.world.phase():
                     if self.world.rank == 0:

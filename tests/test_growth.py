@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -154,6 +155,7 @@ def test_levels_that_a_model_cannot_tell_apart_are_passed_over():
     plain = Grid(np.append(np.exp([4.0, 1.0, 0.0, -1.0, -2.0]), 0.0))
     found = choose_growth(model, sigma_of, plain, "heun", noises, 8)
     assert np.inf in found.tried.values()
+    assert "Infinity" not in json.dumps(found.record()) and len(found.record()["tried"]) < len(found.tried)
     assert np.isfinite(found.error_after.mean) and found.error_after.mean <= found.error_before.mean
 
 

@@ -75,7 +75,7 @@ def test_the_floor_bounds_what_an_unseen_jump_can_cost(truth, monkeypatch):
 
 
 def test_nothing_changes_where_trajectories_agree():
-    """As much evidence as can be: a wavy q of equal trajectories. Twice as stiff a law does not matter either."""
+    """As much evidence as can be: a wavy q of equal trajectories."""
     wavy = np.exp(1.5 * np.sin(9 * S) - 2 * S)
     own = made(np.tile(wavy, (24, 1)))
     assert excess(smoothed([own]), own) < 1e-5

@@ -124,9 +124,9 @@ def test_what_was_learned_survives_a_stop_in_the_end_point_search(run, monkeypat
     assert run(*options, "--out=whole.npy").exit_code == 0
     original = sensitivity.Travel.run
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(sensitivity.Travel, "run", interrupted)

@@ -128,9 +128,8 @@ def main(
                     raise click.UsageError("--refine follows a deterministic solver; leave it out with --objective=sde")
                 config = replace(config, solver="sde")
             config.check()
-            if objective == "endpoint":
-                nfe(solver, 1)
-            if refine:
+            nfe(solver, 1)
+            if refine or objective == "endpoint":
                 check_refinable(loaded.denoiser, solver)
         job = Job(loaded, load_seconds, resume, plot, quiet, here, solver, objective == "endpoint", refine)
         if preset == "paper":  # the paper learns every number of steps by itself
@@ -169,8 +168,8 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     try:
         told = through_solver(job, config.seed, grids, paths, result)
     except (NonFiniteOutput, Stopped) as error:
-        told = "--resume" in str(error)
-        kept = "" if told else f"; what was learned is in {checkpoint}, continue with --resume"
+        says_how = "--resume" in str(error)
+        kept = "" if says_how else f"; what was learned is in {checkpoint}, continue with --resume"
         raise type(error)(f"{error}{kept}") from None
     with job.world.phase():
         if job.world.rank == 0:
@@ -206,6 +205,9 @@ def through_solver(
 
     All share the noises. What they cost becomes stages of the `result`.
     """
+    from dataclasses import replace
+
+    from art_edm.devices import with_back_off
     from art_edm.growth import choose_growth, optimum_of
     from art_edm.refine import RefineConfig, draw_noises, refine
 
@@ -217,13 +219,17 @@ def through_solver(
 
     if job.weigh or (job.refine and len(grids) > 1):
         began = time.perf_counter()
-        noises = draw_noises(denoiser, config, next(iter(grids.values())).sigma_max, job.quiet, job.world)
+        first = next(iter(grids.values())).sigma_max
+        draw = lambda batch: draw_noises(denoiser, replace(config, batch=batch), first, job.quiet, job.world)
+        noises = with_back_off(draw, config.batch, denoiser.device)
         count("ends", began, noises.evaluations)
     if job.weigh:
         began = time.perf_counter()
         sigma_of = result.learned.sigma if result.learned else optimum_of(result.profile)
         for k, grid in grids.items():
-            found = choose_growth(denoiser, sigma_of, grid, job.solver, noises, config.batch, job.quiet, job.world)
+            weigh = lambda batch, grid=grid: choose_growth(
+                denoiser, sigma_of, grid, job.solver, noises, batch, job.quiet, job.world)
+            found = with_back_off(weigh, config.batch, denoiser.device)
             grids[k], told[k]["weighted"] = found.grid, found.record()
         count("endpoint", began, sum(each["weighted"]["evaluations"] for each in told.values()))
     if job.refine:
@@ -260,10 +266,11 @@ def finish(
             click.echo("\n".join(report.table(record)))
             for stage in told[int(record["num_steps"])]:
                 before, after = (record[stage][name] for name in ("error_before", "error_after"))
-                beta = f" by beta = {record[stage]['beta']:.3g}" if stage == "weighted" else ""
-                of = "on noises held out" if stage == "refined" else "over noises"
+                beta = record[stage].get("beta")
+                by = "" if beta is None else f" by beta = {beta:.3g}" if beta else " by beta = 0: none is surely better"
+                of = "on noises held out" if stage == "refined" else "over the noises that choose beta"
                 click.echo(f"end-point error of {job.solver} {of}: {before['mean']:.4g} before, {after['mean']:.4g} "
-                           f"+- {after['stderr']:.2g} {stage}{beta} (median {after['median']:.4g})")
+                           f"+- {after['stderr']:.2g} {stage}{by} (median {after['median']:.4g})")
             drawn = f" and {path.stem}.png" if job.plot else ""
             click.echo(f"wrote {path} and {path.with_suffix('.json').name}{drawn}")
         click.echo(report.costs(records[-1][1], peak_memory()))
