@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Callable, Deque, NamedTuple, Optional
+from typing import Callable, Deque, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from .profile import Profile
 from .solvers import SOLVERS
 from .trajectories import BATCH, OnStep, advance, extrapolated, supported_levels, travel
 
-__all__ = ["ORDERS", "STRIDE", "measure_errors", "order_of"]
+__all__ = ["ORDERS", "STRIDE", "at_middles", "measure_errors", "order_of"]
 
 ORDERS = {"euler": 1, "heun": 2, "rk4": 4, "dpmpp2m": 2, "ipndm2": 2, "ipndm3": 3, "ipndm": 4}
 _PAST = {"dpmpp2m": 1, "ipndm2": 1, "ipndm3": 2, "ipndm": 3}  # earlier steps that a step of full order takes
@@ -99,10 +99,17 @@ def measure_errors(
 
     began = time.perf_counter()
     norm, evaluations = travel(denoiser, latents, clock, norms, len(length), batch, class_labels, on_step, world)
+    return Profile(clock, *at_middles(levels, stride, norm), evaluations, time.perf_counter() - began, order)
+
+
+def at_middles(levels: np.ndarray, stride: int, norm: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Where the errors [M, n] of steps over `stride` of the levels [P] belong, and they: [n + 2] and [M, n + 2].
+
+    Each belongs to the geometric middle of its step; beyond the first and the last they are held constant.
+    """
     middle = np.sqrt(levels[:-stride] * levels[stride:])
-    sigma = np.concatenate([levels[:1], middle, levels[-1:]])
     held = np.concatenate([norm[:, :1], norm, norm[:, -1:]], axis=1)
-    return Profile(clock, sigma, held, evaluations, time.perf_counter() - began, order)
+    return np.concatenate([levels[:1], middle, levels[-1:]]), held
 
 
 def _step(

@@ -44,7 +44,7 @@ from .devices import FiniteCheck
 from .distributed import ALONE, World
 from .field import evaluate, rms
 from .grid import Grid
-from .local_errors import STRIDE
+from .local_errors import STRIDE, at_middles
 from .profile import TINY, Profile
 from .seeding import seeded_generator
 from .solvers import supported
@@ -105,9 +105,6 @@ def measure_stochastic(
 ) -> Profile:
     """As `local_errors.measure_errors`, for steps of the SDE along its paths: |e|^2 / h^3, or what is lacking / h^2.
 
-    A step over `stride` intervals of a dense path begins with what the path evaluated and sums its noise, so the
-    errors cost nothing more; they are those of the step less those of the path, a constant factor for all levels.
-
     Args:
         beta, step: as of `sample_sde`; beta above 0.
         error: a name in `ORDERS_SDE`; weak is for ancestral steps.
@@ -119,14 +116,8 @@ def measure_stochastic(
         ValueError: an unknown step or error, beta not above 0, or fewer levels than a step spans.
         NonFiniteOutput: the denoiser returned NaN or infinity.
     """
-    _check(beta, step)
-    levels, order = supported_levels(denoiser, clock, points), ORDERS_SDE.get(error)
-    if order is None or (error, step) == ("weak", "euler"):
-        raise ValueError(f"found the error {error!r} of {step} steps, expected strong, or weak of ancestral steps")
-    if beta == 0:
-        raise ValueError("found beta = 0, expected noise to measure an SDE's errors; use measure_errors without it")
-    if len(levels) < stride + 2:
-        raise ValueError(f"found {len(levels)} noise levels, expected at least {stride + 2} for an SDE's errors")
+    levels = supported_levels(denoiser, clock, points)
+    order = _order_of(error, beta, step, len(levels), stride)
     length = levels[:-stride] - levels[stride:]  # h, [n]
     launch = np.unique(np.linspace(stride, len(levels) - 1, tracers + 1).astype(int)[:-1])
 
@@ -153,14 +144,11 @@ def measure_stochastic(
         check.settle()
         ends = [torch.where(e > TINY, rms(other - x) / (e + TINY), 1.0) for other, e in zip(followed, errors)]
         growth = _interpolated(ends, levels[launch], levels[stride:]) if ends else 1.0
-        return torch.stack(columns, dim=1).cpu() * growth**2  # [b, n]
+        return torch.stack(columns, dim=1).cpu() * growth**2
 
     start = time.perf_counter()
     norm, evaluations = travel(denoiser, latents, clock, norms, len(length), batch, class_labels, on_step, world)
-    middle = np.sqrt(levels[:-stride] * levels[stride:])
-    sigma = np.concatenate([levels[:1], middle, levels[-1:]])
-    held = np.concatenate([norm[:, :1], norm, norm[:, -1:]], axis=1)
-    return Profile(clock, sigma, held, evaluations, time.perf_counter() - start, order)
+    return Profile(clock, *at_middles(levels, stride, norm), evaluations, time.perf_counter() - start, order)
 
 
 class _Point(NamedTuple):
@@ -187,7 +175,11 @@ class _Noise:
 def _whole_step(
     points: List[_Point], levels: np.ndarray, beta: float, step: str
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Where one step from the first of the points to the level of the last ends, and the noise it adds."""
+    """Where one step from the first of the points to the level of the last ends, and the noise it adds.
+
+    It begins with what the dense path evaluated and sums its noise, so that it costs nothing more; its error is that
+    of the step less that of the path, a constant factor for all levels.
+    """
     noise = _composed([point.noise for point in points[1:]], levels, beta, step)
     return _advance(points[0].x, points[0].denoised, levels[0], levels[-1], noise, beta, step), noise
 
@@ -196,6 +188,18 @@ def _size(error: str, e: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """What a step does wrong, [B], per pixel."""
     square = e.square().flatten(1).mean(dim=1)
     return square if error == "strong" else (2 * (noise * e).flatten(1).mean(dim=1) - square).abs()
+
+
+def _order_of(error: str, beta: float, step: str, levels: int, stride: int) -> int:
+    """Order of an error, if it can be measured on so many levels."""
+    _check(beta, step)
+    if error not in ORDERS_SDE or (error, step) == ("weak", "euler"):
+        raise ValueError(f"found the error {error!r} of {step} steps, expected strong, or weak of ancestral steps")
+    if beta == 0:
+        raise ValueError("found beta = 0, expected noise to measure an SDE's errors; use measure_errors without it")
+    if levels < stride + 2:
+        raise ValueError(f"found {levels} noise levels, expected at least {stride + 2} for an SDE's errors")
+    return ORDERS_SDE[error]
 
 
 def _check(beta: float, step: str) -> None:
