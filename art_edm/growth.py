@@ -2,52 +2,79 @@
 
 Symbols
 -------
+tau    time of a learned clock, as a fraction
+rho    density of steps over tau, 1 for the clock's own
 w      (1 + (sigma / sigma_data)^2)^(-1/2): what is left at sigma = 0 of an error made at sigma, for Gaussian data
 beta   exponent of the weight: the cost is |Q| w^beta theta^2. With 1 it is the growth of Gaussian data; 0 is ART's own
        objective; below 0 errors at high noise count for more, as they do where paths part
-tau    time of a learned clock, as a fraction
+E_k    grown local error of the solver's step k over the clock's grid of P steps: how far it moves the end point
+p_k    order of the solver; 1 for the last step, which is Euler's
 
-The optimum of the weighted cost has the density sqrt(q) w^(beta / 2) over sigma: that of the unweighted one times
-w^(beta / 2). So one learned clock serves every beta, and the one number that is not known, how errors grow under the
-solver in use at this number of steps, is found by where the solver ends: beta is the one of least mean end-point
-error over some noises, or 0 where what it gains over that is within three standard errors of the gains' mean.
+Two ways to a density. A power of w: the optimum of the weighted cost has the density sqrt(q) w^(beta / 2) over
+sigma, the learned clock's times w^(beta / 2). So one learned clock serves every beta, and beta is found by where the
+solver ends at this number of steps, over some noises. Measured: with density rho the steps' errors become
+E_k rho_k^(-p_k), to leading order, and the end's their sum, signs kept, so that errors which cancel count for nothing.
+One measurement of E serves every K; the density is the one of least mean end-point error.
+
+Whichever of the two has the lesser mean end-point error, through the solver itself, is taken; neither where what it
+gains may be chance.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 
 from .denoiser import Denoiser
 from .distributed import ALONE, World
 from .exact_ends import teller
 from .grid import Grid
+from .local_errors import order_of
 from .profile import Profile
 from .progress import GracefulStop
 from .refine_state import Drawn, EndError
 from .sensitivity import Travel
 from .solvers import fitted, nfe
 
-__all__ = ["Weighted", "choose_growth", "optimum_of", "remaining", "weighted"]
+__all__ = ["Growth", "Weighted", "choose_growth", "measure_growth", "optimum_of", "remaining", "weighted"]
 
 FINE = 8192  # steps of time in the quadrature
 COARSE = (-0.8, -0.4, 0.0, 0.4, 0.8, 1.2, 1.6)  # beta; no other minimum was seen in between
-FURTHER = 4  # more such steps, where the least is the last
+FURTHER = 12  # more such steps, where the least is the last
+TINY = 1e-300
 CLOSER = 6  # more between the neighbours of the least
-SURE = 3  # standard errors by which a gain must differ from none
+SURE = 3  # standard errors by which the gain of the best of many betas must differ from none
+LIKELY = 1  # the same for the measured density, which is no choice among many
+STEPS = 18  # P: about as many as grids have, since E_k rho_k^(-p_k) holds for steps like those measured
+KNOTS = 6  # of log rho, a line between each two
+SMOOTH = 0.02  # of squared differences between knots, against the logarithm of the error
 
 Sigma = Callable[[np.ndarray], np.ndarray]
 
 
+class Growth(NamedTuple):
+    """The density that the solver's grown errors ask for."""
+
+    log_density: np.ndarray  # log rho at KNOTS even times tau
+    evaluations: int
+    seconds: float
+
+    def grid(self, sigma_of: Sigma, num_steps: int) -> Grid:
+        """The clock's grid of this density."""
+        tau = np.linspace(0, 1, FINE + 1)
+        return _redistributed(sigma_of, np.exp(np.interp(tau, np.linspace(0, 1, KNOTS), self.log_density)), num_steps)
+
+
 class Weighted(NamedTuple):
-    """The grid of the beta that was chosen."""
+    """The grid that was chosen."""
 
     grid: Grid
-    beta: float
+    beta: Optional[float]  # None: the measured density
     error_before: EndError  # of beta = 0
+    error_measured: Optional[EndError]  # of the measured density; None where it was not asked for or cannot be used
     error_after: EndError  # of `grid`, over the same noises, which chose it: a little too good; never above in the mean
     tried: Dict[float, float]  # beta -> mean error; infinite where the model does not have the levels
     evaluations: int
@@ -57,8 +84,9 @@ class Weighted(NamedTuple):
     def record(self) -> Dict[str, Any]:
         """For a grid's provenance, ready for JSON."""
         tried = [{"beta": beta, "error": error} for beta, error in sorted(self.tried.items()) if error < np.inf]
+        measured = None if self.error_measured is None else self.error_measured._asdict()
         return {"solver": self.solver, "beta": self.beta, "tried": tried, "evaluations": self.evaluations,
-                "seconds": self.seconds, "error_before": self.error_before._asdict(),
+                "seconds": self.seconds, "error_before": self.error_before._asdict(), "error_measured": measured,
                 "error_after": self.error_after._asdict()}
 
 
@@ -84,15 +112,54 @@ def weighted(sigma_of: Sigma, beta: float, sigma_data: float, num_steps: int) ->
         sigma_of: noise levels of the clock at times tau, from sigma_max at 0 to 0 at 1.
     """
     tau = np.linspace(0, 1, FINE + 1)
-    factor = remaining(sigma_of(tau), sigma_data) ** (beta / 2)
-    passed = np.concatenate([[0.0], np.cumsum((factor[1:] + factor[:-1]) / 2)])
-    inner = np.interp(np.arange(1, num_steps) / num_steps, passed / passed[-1], tau)
+    return _redistributed(sigma_of, remaining(sigma_of(tau), sigma_data) ** (beta / 2), num_steps)
+
+
+def _redistributed(sigma_of: Sigma, rho: np.ndarray, num_steps: int) -> Grid:
+    """The clock's levels where the integral of rho [FINE + 1] over tau has gone an even part of its way."""
+    passed = np.concatenate([[0.0], np.cumsum((rho[1:] + rho[:-1]) / 2)])
+    inner = np.interp(np.arange(1, num_steps) / num_steps, passed / passed[-1], np.linspace(0, 1, FINE + 1))
     return Grid(np.concatenate([sigma_of(np.zeros(1)), sigma_of(inner), [0.0]]))
+
+
+def measure_growth(
+    denoiser: Denoiser, sigma_of: Sigma, solver: str, noises: Drawn, batch: int, quiet: bool = True,
+    world: World = ALONE,
+) -> Growth:
+    """The density of steps that the solver's grown local errors ask for; one serves every number of steps.
+
+    Arguments and errors as for `choose_growth`. About M P (P + 12) evaluations, P = 18, for M noises.
+    """
+    began, sigma = time.perf_counter(), sigma_of(np.linspace(0, 1, 2 * STEPS + 1))
+    levels = fitted(denoiser, Grid(np.append(sigma[:-1:2], 0.0))).values
+    count = sum(len(part.latents) for part in noises[:2])
+    total = count * (STEPS * (STEPS + 10) + nfe(solver, STEPS))
+    with GracefulStop() as stop, teller(denoiser, "growth of errors, images", total, quiet, world, stop) as tell:
+        parts = [Travel(denoiser, solver, part, batch, tell, world) for part in noises[:2]]
+        gram = np.concatenate([part.grown(levels, sigma[1::2]) for part in parts])
+    orders = np.full(STEPS, float(order_of(solver)))
+    orders[-1] = 1.0
+    evaluations = sum(part.evaluations for part in parts)
+    return Growth(_density(gram, orders), evaluations, time.perf_counter() - began)
+
+
+def _density(gram: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """log rho at the knots, of least mean error: mean over noises of sqrt(sum_jk G_jk rho_j^-p_j rho_k^-p_k)."""
+    middle = (np.arange(STEPS) + 0.5) / STEPS
+
+    def objective(knots: np.ndarray) -> float:
+        log_rho = np.interp(middle, np.linspace(0, 1, KNOTS), knots)
+        scale = np.exp(-orders * (log_rho - np.log(np.exp(log_rho).mean())))
+        error = np.sqrt(np.maximum(np.einsum("mjk,j,k->m", gram, scale, scale), 0)).mean()
+        return float(np.log(error + TINY) + SMOOTH * np.square(np.diff(knots)).sum())
+
+    found = minimize(objective, np.zeros(KNOTS), method="BFGS").x
+    return found - found.mean()
 
 
 def choose_growth(
     denoiser: Denoiser, sigma_of: Sigma, plain: Grid, solver: str, noises: Drawn, batch: int, quiet: bool = True,
-    world: World = ALONE,
+    world: World = ALONE, growth: Optional[Growth] = None,
 ) -> Weighted:
     """The weighted grid that serves `solver` best, with as many steps as `plain`.
 
@@ -100,26 +167,30 @@ def choose_growth(
         sigma_of: the learned clock, noise levels at times [n] in [0, 1].
         plain: the clock's own grid, of beta = 0; it is what is returned where no other is better.
         solver: a name in `solvers.SOLVERS`.
-        noises: from `draw_noises`; both parts are used, as one number is all that is fitted to them.
+        noises: from `draw_noises`; both parts are used, as few numbers are fitted to them.
         batch: noises per evaluation.
         world: processes that share the noises; each returns the same.
+        growth: from `measure_growth` with the same clock and solver; None leaves the powers of w alone.
     Raises:
         Stopped: Ctrl-C or SIGTERM.
         NonFiniteOutput: the denoiser returned NaN or infinity.
         ValueError: an unknown solver, or a grid the model does not support.
     """
     plain = fitted(denoiser, plain)
-    steps, began, tried = plain.num_steps, time.perf_counter(), {}  # beta -> error of each noise
-    total = nfe(solver, steps) * sum(len(part.latents) for part in noises[:2]) * (len(COARSE) + CLOSER)
+    steps, began, tried = plain.num_steps, time.perf_counter(), {}  # beta, or None for the measured -> error by noise
+    runs = len(COARSE) + CLOSER + (growth is not None)
+    total = nfe(solver, steps) * sum(len(part.latents) for part in noises[:2]) * runs
     label = f"end-point objective, K = {steps}, images"
     with GracefulStop() as stop, teller(denoiser, label, total, quiet, world, stop) as tell:
         parts = [Travel(denoiser, solver, part, batch, tell, world) for part in noises[:2]]
 
-        def grid(beta: float) -> Grid:
+        def grid(beta: Optional[float]) -> Grid:
+            if beta is None:
+                return fitted(denoiser, growth.grid(sigma_of, steps))
             return fitted(denoiser, weighted(sigma_of, beta, denoiser.sigma_data, steps)) if beta else plain
 
-        def error(beta: float) -> float:
-            beta = round(float(beta), 4)
+        def error(beta: Optional[float]) -> float:
+            beta = beta if beta is None else round(float(beta), 4)
             if beta not in tried:
                 try:
                     levels = grid(beta).values
@@ -132,14 +203,23 @@ def choose_growth(
         error(0.0)
         if steps > 1:
             _search(error)
-    beta = min(tried, key=lambda beta: (error(beta), abs(beta)))
-    gain = tried[0.0] - tried[beta]
-    if not gain.mean() > SURE * gain.std() / (len(gain) - 1) ** 0.5:
-        beta = 0.0
+        best = _believed(tried, min(tried, key=lambda beta: (error(beta), abs(beta))), SURE)
+        if growth is not None and steps > 1:
+            measured = error(None)
+            if measured < error(best):
+                best = _believed(tried, None, LIKELY) if best == 0.0 else None
+    ends = {beta: EndError.of(errors) if len(errors) > 1 else None for beta, errors in tried.items()}
     return Weighted(
-        grid(beta), beta, EndError.of(tried[0.0]), EndError.of(tried[beta]), {each: error(each) for each in tried},
+        grid(best), best, ends[0.0], ends.get(None), ends[best],
+        {beta: error(beta) for beta in tried if beta is not None},
         sum(part.evaluations for part in parts), time.perf_counter() - began, solver,
     )
+
+
+def _believed(tried: Dict[Optional[float], np.ndarray], key: Optional[float], sure: float) -> Optional[float]:
+    """`key` if its gain over beta = 0 is more than so many standard errors, else 0."""
+    gain = tried[0.0] - tried[key]
+    return key if gain.mean() > sure * gain.std() / (len(gain) - 1) ** 0.5 else 0.0
 
 
 def _search(error: Callable[[float], float]) -> None:

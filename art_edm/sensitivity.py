@@ -7,6 +7,7 @@ residual     r = x_K - x_ref, [M, C, H, W] over M noises
 error        RMS of r over pixels, [M], in units of x
 J            d x_K / d sigma_j, j = 1..K-1, by forward differences through the solver itself
 gram, pull   J^T J and J^T r per noise and pixel, [M, K-1, K-1] and [M, K-1]: all that a least-squares step needs
+E_k          how far the exact path's end moves by the local error of the solver's step k, [M, C, H, W]
 
 Moving sigma_j leaves the steps before j as they are, and the first slope of step j too. So a difference starts from
 what the undisturbed run stored there, which halves its cost; it needs neither autograd nor memory that grows with
@@ -181,6 +182,44 @@ class Travel:
             columns.append((x - end).flatten(1) / (moved[j] - levels[j]))
             self.tell()
         return torch.stack(columns, dim=1)
+
+    @torch.no_grad()
+    def grown(self, levels: np.ndarray, middles: np.ndarray) -> np.ndarray:
+        """Products E_j^T E_k per pixel of the grown local errors of the solver's steps over `levels`, [M, K, K].
+
+        Every step starts on the exact path, and so does what multistep solvers remember. What a step leaves is an error
+        that grows or shrinks from level to level as Heun's steps from beside the path part from those on it.
+        M K (K + 10) evaluations, and the solver's own.
+
+        Args:
+            levels: [K + 1], descending to 0.
+            middles: [K], one between each two levels: the exact path is solved in two steps of RK4, and the last in
+                one more, to a sixth of the middle, so that the step to 0, which is Euler's, is short.
+        """
+        count, before = len(levels) - 1, self.denoiser.evaluations
+        rows = torch.zeros(len(self.noises.latents), count * count, dtype=torch.float64)
+        with self.world.phase(), full_precision():
+            for part in self._share():
+                x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
+                errors = self._grown(self._slope(part), x, levels, middles)
+                rows[part] = (errors @ errors.transpose(1, 2) / errors.shape[2]).flatten(1).cpu()
+        return self._sum(rows, before).reshape(-1, count, count)
+
+    def _grown(self, slope: Slope, x: torch.Tensor, levels: np.ndarray, middles: np.ndarray) -> torch.Tensor:
+        """E of a batch, [B, K, d]."""
+        errors, past = [], ()
+        for a, middle, b in zip(levels, middles, levels[1:]):
+            last = [] if b else [max(middle / 6, min(self.denoiser.sigma_limits[0], middle / 2))]
+            fine, once, twice = (torch.tensor(each, device=x.device, dtype=x.dtype) for each in (
+                [a, middle, *last, b], [a, b], [a, middle, b]))
+            grow = once if b else twice  # a step to 0 is Euler's and shows no growth
+            exact, _ = integrate(slope, x, fine, "rk4")
+            end, past = integrate(slope, x, once, self.solver, past)
+            beside = [integrate(slope, x + error, grow, "heun")[0] for error in errors]
+            on = integrate(slope, x, grow, "heun")[0] if errors else x
+            errors, x = [*(each - on for each in beside), end - exact], exact
+            self.tell()
+        return torch.stack(errors, dim=1).flatten(2)
 
 
 @torch.no_grad()

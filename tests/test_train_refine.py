@@ -103,6 +103,23 @@ def test_the_end_point_objective_finds_the_growth_of_gaussian_data(run, method):
         assert end_error(f"end{k}.npy", "euler") < 0.87 * end_error(f"plain{k}.npy", "euler")
 
 
+def test_the_end_point_objective_measures_growth_once_for_all_steps(run):
+    """iPNDM in the 1-D example: measured growth serves it better than any power of w, and is measured once."""
+    options = ("--network=oned", "--method=direct", "--objective=endpoint", "--solver=ipndm")
+    result = run(*options, "--steps=5,10", "--out=end{steps}.npy")
+    assert result.exit_code == 0, result.stderr
+    assert result.output.count(" weighted by their measured growth (median ") == 2
+    records = [json.loads(Path(f"end{k}.json").read_text()) for k in (5, 10)]
+    for record in records:
+        weighted = record["weighted"]
+        assert weighted["beta"] is None and weighted["error_after"] == weighted["error_measured"]
+        assert weighted["error_after"]["mean"] < 0.95 * weighted["error_before"]["mean"]
+    searched = sum(record["weighted"]["evaluations"] for record in records)
+    measured = records[0]["evaluations_by_stage"]["endpoint"] - searched
+    exact, own, beside = 17 * 8 + 9, 18, sum(2 * (k + 1) for k in range(1, 17)) + 3 * 18
+    assert measured == 64 * (exact + own + beside)
+
+
 def test_refinement_goes_on_from_the_end_point_objective(run):
     result = run(*DIRECT[:-1], "--steps=4", "--out=both.npy", "--objective=endpoint", "--refine", "--solver=dpmpp2m")
     assert result.exit_code == 0, result.stderr

@@ -208,7 +208,7 @@ def through_solver(
     from dataclasses import replace
 
     from art_edm.devices import with_back_off
-    from art_edm.growth import choose_growth, optimum_of
+    from art_edm.growth import choose_growth, measure_growth, optimum_of
     from art_edm.refine import RefineConfig, draw_noises, refine
 
     told: Dict[int, Dict[str, Any]] = {k: {} for k in grids}
@@ -226,12 +226,15 @@ def through_solver(
     if job.weigh:
         began = time.perf_counter()
         sigma_of = result.learned.sigma if result.learned else optimum_of(result.profile)
+        measure = lambda batch: measure_growth(denoiser, sigma_of, job.solver, noises, batch, job.quiet, job.world)
+        growth = with_back_off(measure, config.batch, denoiser.device) if max(grids) > 1 else None
         for k, grid in grids.items():
             weigh = lambda batch, grid=grid: choose_growth(
-                denoiser, sigma_of, grid, job.solver, noises, batch, job.quiet, job.world)
+                denoiser, sigma_of, grid, job.solver, noises, batch, job.quiet, job.world, growth)
             found = with_back_off(weigh, config.batch, denoiser.device)
             grids[k], told[k]["weighted"] = found.grid, found.record()
-        count("endpoint", began, sum(each["weighted"]["evaluations"] for each in told.values()))
+        searched = sum(each["weighted"]["evaluations"] for each in told.values())
+        count("endpoint", began, searched + (growth.evaluations if growth else 0))
     if job.refine:
         began = time.perf_counter()
         for k, grid in grids.items():
@@ -266,14 +269,20 @@ def finish(
             click.echo("\n".join(report.table(record)))
             for stage in told[int(record["num_steps"])]:
                 before, after = (record[stage][name] for name in ("error_before", "error_after"))
-                beta = record[stage].get("beta")
-                by = "" if beta is None else f" by beta = {beta:.3g}" if beta else " by beta = 0: none is surely better"
-                of = "on noises held out" if stage == "refined" else "over the noises that choose beta"
+                by = weight_of(record[stage]) if stage == "weighted" else ""
+                of = "on noises held out" if stage == "refined" else "over the noises that choose the weight"
                 click.echo(f"end-point error of {job.solver} {of}: {before['mean']:.4g} before, {after['mean']:.4g} "
                            f"+- {after['stderr']:.2g} {stage}{by} (median {after['median']:.4g})")
             drawn = f" and {path.stem}.png" if job.plot else ""
             click.echo(f"wrote {path} and {path.with_suffix('.json').name}{drawn}")
         click.echo(report.costs(records[-1][1], peak_memory()))
+
+
+def weight_of(record: Dict[str, Any]) -> str:
+    """How the end-point objective weighs the errors of this grid."""
+    if record["beta"] is None:
+        return " by their measured growth"
+    return f" by beta = {record['beta']:.3g}" if record["beta"] else " by beta = 0: none is surely better"
 
 
 def peak_memory() -> Optional[float]:

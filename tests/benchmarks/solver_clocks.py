@@ -22,7 +22,7 @@ from art_edm.exact_ends import draw_noises
 from art_edm.field import rms
 from art_edm.files import write_json
 from art_edm.grid import Grid, edm, edm_unpinned
-from art_edm.growth import choose_growth, optimum_of
+from art_edm.growth import Growth, choose_growth, measure_growth, optimum_of
 from art_edm.image_fields import cifar10_images, empirical, mnist_images
 from art_edm.loading import Network, load_network
 from art_edm.profile import Profile
@@ -45,6 +45,7 @@ class Bench:
         self.network, self.denoiser, self.noises, self.cells = network, network.denoiser, noises, cells
         self.profiles: Dict[Optional[str], Profile] = {}
         self.drawn: Optional[Drawn] = None
+        self.growths: Dict[str, Growth] = {}
         generator = torch.Generator().manual_seed(SEED)
         self.latents = torch.randn((noises, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
         what = {**self._what(), "kind": "judges", "fine": FINE}
@@ -84,14 +85,21 @@ class Bench:
             self.drawn = draw_noises(denoiser, CONFIG, denoiser.sigma_max)
         plain = self.plain(steps)
         if rule == "endpoint":
-            found = choose_growth(denoiser, optimum_of(self.profile()), plain, solver, self.drawn, CONFIG.batch)
-            return found.grid, {"beta": found.beta, "evaluations": found.evaluations}
+            clock = optimum_of(self.profile())
+            if solver not in self.growths:
+                self.growths[solver] = measure_growth(denoiser, clock, solver, self.drawn, CONFIG.batch)
+            growth = self.growths[solver]
+            found = choose_growth(denoiser, clock, plain, solver, self.drawn, CONFIG.batch, growth=growth)
+            beta = float("nan") if found.beta is None else found.beta
+            return found.grid, {"beta": beta, "evaluations": found.evaluations, "growth": growth.evaluations}
         found = refine(denoiser, plain, solver, CONFIG, noises=self.drawn)
         return found.grid, {"evaluations": found.evaluations}
 
     def cell(self, rule: str, solver: str, steps: int) -> Dict[str, Any]:
         """RMS over noises, its standard error, median, and each noise's error."""
         what = {**self._what(), "rule": rule, "solver": solver, "steps": steps}
+        if rule == "endpoint":
+            what["method"] = 2
         known = self.cells.load(what)
         if known is None:
             grid, more = self.grid(rule, solver, steps)
@@ -101,7 +109,10 @@ class Bench:
         errors = known["errors"]
         total = float(np.sqrt(np.square(errors).mean()))
         stderr = float(np.square(errors).std(ddof=1) / len(errors) ** 0.5 / (2 * total))
-        more = {name: float(known[name]) for name in ("beta", "evaluations") if name in known}
+        more = {name: float(known[name]) for name in ("beta", "evaluations", "growth") if name in known}
+        if more.get("beta", 0) != more.get("beta", 0):
+            more["beta"] = None  # measured
+
         return {"rms": total, "stderr": stderr, "mean": float(errors.mean()), "median": float(np.median(errors)),
                 "levels": known["levels"].tolist(), **more}
 
