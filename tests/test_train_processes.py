@@ -34,15 +34,15 @@ def network(tmp_path_factory):
     return path
 
 
-def start(folder, size, *arguments):
-    """`size` processes of the command, as torchrun starts them."""
+def start(folder, size, *arguments, script=SCRIPT):
+    """`size` processes of the command, or of another script, as torchrun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                    "OMP_NUM_THREADS": "1"}
     return [
-        subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=folder, text=True,
+        subprocess.Popen([sys.executable, str(script), *map(str, arguments)], cwd=folder, text=True,
                          env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for rank in range(size)
@@ -71,6 +71,38 @@ def test_the_grid_does_not_depend_on_the_number_of_processes(network, tmp_path, 
     codes, _ = finished(start(tmp_path, 1, f"--network={network}", *SMALL, *more, "--seed=1", "--out=other.npy"))
     assert codes == [0] and (tmp_path / "other.npy").read_bytes() != found[1]
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+JUMPING = """
+import hashlib, sys, torch
+from art_edm.analytic import MixtureDenoiser
+from art_edm.config import TrainConfig
+from art_edm.distributed import world
+from art_edm.training import train
+
+images = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+with world("cpu") as here:
+    result = train(MixtureDenoiser([1 / 12] * 12, images, 0.01), TrainConfig(method="direct", trajectories=60, points=40),
+                   world=here)
+    profile = result.profile
+    told = [hashlib.sha256(profile.direct(18).values.tobytes()).hexdigest(), *profile.norm.shape, profile.evaluations]
+    with open(f"{here.size}-{here.rank}.txt", "w") as file:
+        print(*told, file=file)
+"""
+
+
+def test_paths_that_jump_are_measured_alike_by_any_number_of_processes(tmp_path):
+    """The second stage, of many short trajectories placed by what the first has seen."""
+    (tmp_path / "jumping.py").write_text(JUMPING)
+    found = {}
+    for size in (1, 2, 3):
+        processes = start(tmp_path, size, script=tmp_path / "jumping.py")
+        codes, shown = finished(processes)
+        assert codes == [0] * size, shown
+        found.update({(size, rank): (tmp_path / f"{size}-{rank}.txt").read_text().split() for rank in range(size)})
+    assert len(found) == 6 and all(each == found[1, 0] for each in found.values())
+    # 20 trajectories of 40 levels, then 80 of 20: 100 in all, and no more evaluations than 60 of 40
+    assert int(found[1, 0][1]) == 100 and int(found[1, 0][3]) == 20 * 40 + 80 * 20
 
 
 @pytest.mark.parametrize("more", [(), ("--rollout=live",)])
