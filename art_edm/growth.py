@@ -17,7 +17,7 @@ E_k rho_k^(-p_k), to leading order, and the end's their sum, signs kept, so that
 One measurement of E serves every K; the density is the one of least mean end-point error.
 
 Whichever of the two has the lesser mean end-point error, through the solver itself, is taken; neither where what it
-gains may be chance.
+gains may be chance, or where few noises gain what most lose, or most what few lose.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FURTHER = 12  # more such steps, where the least is the last
 TINY = 1e-300
 CLOSER = 6  # more between the neighbours of the least
 SURE = 3  # standard errors by which the gain of the best of many betas must differ from none
-LIKELY = 1  # the same for the measured density, which is no choice among many
+HARDLY = 0.01  # of the mean error: what is less counts as this much in a geometric mean
 STEPS = 18  # P: about as many as grids have, since E_k rho_k^(-p_k) holds for steps like those measured
 KNOTS = 6  # of log rho, a line between each two
 SMOOTH = 0.02  # of squared differences between knots, against the logarithm of the error
@@ -203,11 +203,10 @@ def choose_growth(
         error(0.0)
         if steps > 1:
             _search(error)
-        best = _believed(tried, min(tried, key=lambda beta: (error(beta), abs(beta))), SURE)
-        if growth is not None and steps > 1:
-            measured = error(None)
-            if measured < error(best):
-                best = _believed(tried, None, LIKELY) if best == 0.0 else None
+        best = min((beta for beta in tried if _better(tried[0.0], tried[beta])), key=error, default=0.0)
+        best = best if _surely(tried[0.0] - tried[best]) else 0.0
+        if growth is not None and steps > 1 and error(None) < error(best) and _better(tried[0.0], tried[None]):
+            best = None
     ends = {beta: EndError.of(errors) if len(errors) > 1 else None for beta, errors in tried.items()}
     return Weighted(
         grid(best), best, ends[0.0], ends.get(None), ends[best],
@@ -216,10 +215,16 @@ def choose_growth(
     )
 
 
-def _believed(tried: Dict[Optional[float], np.ndarray], key: Optional[float], sure: float) -> Optional[float]:
-    """`key` if its gain over beta = 0 is more than so many standard errors, else 0."""
-    gain = tried[0.0] - tried[key]
-    return key if gain.mean() > sure * gain.std() / (len(gain) - 1) ** 0.5 else 0.0
+def _better(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether errors [M] are less in the mean, in the mean square, and in the geometric mean."""
+    least = HARDLY * before.mean() + TINY
+    means = (np.mean, lambda errors: np.square(errors).mean(), lambda errors: np.log(np.maximum(errors, least)).mean())
+    return all(mean(after) < mean(before) for mean in means)
+
+
+def _surely(gain: np.ndarray) -> bool:
+    """Whether the mean of gains [M] is more than chance: beta is the best of many."""
+    return bool(gain.mean() > SURE * gain.std() / (len(gain) - 1) ** 0.5)
 
 
 def _search(error: Callable[[float], float]) -> None:

@@ -11,12 +11,23 @@ import torch
 from refine_fields import SHORT, Rounded, Threads, mixture
 from torch.distributed import HashStore
 
+from art_edm import growth as growth_module
 from art_edm.analytic import GaussianDenoiser
 from art_edm.clock import GaussianClock
 from art_edm.config import TrainConfig
 from art_edm.distributed import ALONE
 from art_edm.exact_ends import draw_noises
-from art_edm.growth import KNOTS, STEPS, Growth, _density, choose_growth, measure_growth, optimum_of, weighted
+from art_edm.growth import (
+    KNOTS,
+    STEPS,
+    Growth,
+    _better,
+    _density,
+    choose_growth,
+    measure_growth,
+    optimum_of,
+    weighted,
+)
 from art_edm.loading import load_network
 from art_edm.refine import RefineConfig
 from art_edm.sensitivity import Noises, Travel
@@ -135,20 +146,28 @@ def test_what_was_measured_is_taken_where_it_serves_the_solver_best():
     assert wrong.error_measured.mean > wrong.error_before.mean
 
 
-def test_a_gain_within_a_standard_error_is_none():
+@pytest.mark.parametrize("factor, taken", [
+    (np.full(16, 0.9), True), (np.full(16, 1.1), False),
+    (np.append(np.full(15, 0.5), 2.5), False),  # most gain, and the mean: one loses more, in the mean square
+    (np.append(np.full(15, 1.2), 0.1), False),  # one gains, and the mean and the mean square: most lose
+])
+def test_few_noises_decide_nothing(factor, taken):
+    """Errors of the plain grid, the last of them four times as large, and the same times `factor`."""
+    before = np.append(np.full(15, 1.0), 4.0 if factor[-1] < 1 else 2.0)
+    assert _better(before, before * factor) == taken
+    assert taken or factor[0] == factor[-1] or before.mean() > (before * factor).mean()
+
+
+def test_a_measured_density_that_serves_few_noises_is_left(monkeypatch):
     model, plain = gaussian(), weighted(CLOCK.sigma, 0.0, S, 5)
     noises = draw_noises(model, CONFIG, TOP)
-    generator = torch.Generator().manual_seed(5)
-    ends = lambda part: part._replace(ends=integrate(
-        slope_of(model), model.initial(part.latents, TOP), torch.tensor(plain.values), "euler")[0]
-        + 0.3 * torch.randn(part.latents.shape, generator=generator, dtype=torch.float64))
-    scattered = noises._replace(train=ends(noises.train), held=ends(noises.held))
-    bend = Growth(0.02 * np.linspace(-1, 1, KNOTS), 0, 0.0)
-    found = choose_growth(model, CLOCK.sigma, plain, "euler", scattered, 8, growth=bend)
-    other = choose_growth(model, CLOCK.sigma, plain, "euler", scattered, 8,
-                          growth=bend._replace(log_density=-bend.log_density))
-    assert min(found.error_measured.mean, other.error_measured.mean) < found.error_before.mean
-    assert found.beta == other.beta == 0.0 and found.grid == other.grid == plain
+    growth = measure_growth(model, CLOCK.sigma, "dpmpp2m", noises, CONFIG.batch)
+    choose = lambda: choose_growth(model, CLOCK.sigma, plain, "dpmpp2m", noises, 8, growth=growth)
+    assert choose().error_measured.mean < choose().error_before.mean
+    monkeypatch.setattr(growth_module, "_search", lambda error: None)  # no beta in its way
+    assert choose().beta is None
+    monkeypatch.setattr(growth_module, "_better", lambda before, after: False)
+    assert choose().beta == 0.0 and choose().grid == plain
 
 
 def test_every_evaluation_is_counted_and_processes_share_the_noises():

@@ -82,8 +82,8 @@ from art_edm.training import train
 
 images = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 with world("cpu") as here:
-    result = train(MixtureDenoiser([1 / 12] * 12, images, 0.01), TrainConfig(method="direct", trajectories=60, points=40),
-                   world=here)
+    config = TrainConfig(method="direct", trajectories=60, points=40)
+    result = train(MixtureDenoiser([1 / 12] * 12, images, 0.01), config, world=here)
     profile = result.profile
     told = [hashlib.sha256(profile.direct(18).values.tobytes()).hexdigest(), *profile.norm.shape, profile.evaluations]
     with open(f"{here.size}-{here.rank}.txt", "w") as file:

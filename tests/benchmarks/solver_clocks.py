@@ -99,7 +99,7 @@ class Bench:
         """RMS over noises, its standard error, median, and each noise's error."""
         what = {**self._what(), "rule": rule, "solver": solver, "steps": steps}
         if rule == "endpoint":
-            what["method"] = 2
+            what["method"] = 3
         known = self.cells.load(what)
         if known is None:
             grid, more = self.grid(rule, solver, steps)
@@ -108,7 +108,7 @@ class Bench:
             self.cells.save(what, known)
         errors = known["errors"]
         total = float(np.sqrt(np.square(errors).mean()))
-        stderr = float(np.square(errors).std(ddof=1) / len(errors) ** 0.5 / (2 * total))
+        stderr = float(np.square(errors).std(ddof=1) / len(errors) ** 0.5 / (2 * total)) if total else 0.0
         more = {name: float(known[name]) for name in ("beta", "evaluations", "growth") if name in known}
         if more.get("beta", 0) != more.get("beta", 0):
             more["beta"] = None  # measured
