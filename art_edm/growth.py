@@ -23,7 +23,7 @@ gains may be chance, or where few noises gain what most lose, or most what few l
 from __future__ import annotations
 
 import time
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
@@ -128,24 +128,36 @@ def measure_growth(
 ) -> Growth:
     """The density of steps that the solver's grown local errors ask for; one serves every number of steps.
 
-    Arguments and errors as for `choose_growth`. About M P (P + 12) evaluations, P = 18, for M noises.
+    Arguments and errors as for `choose_growth`. About M P (P + 12) evaluations, P = 18, for M noises; P is less where
+    the model has no levels for so many steps.
     """
-    began, sigma = time.perf_counter(), sigma_of(np.linspace(0, 1, 2 * STEPS + 1))
-    levels = fitted(denoiser, Grid(np.append(sigma[:-1:2], 0.0))).values
-    count = sum(len(part.latents) for part in noises[:2])
-    total = count * (STEPS * (STEPS + 10) + nfe(solver, STEPS))
+    began, (levels, middles) = time.perf_counter(), _finest(denoiser, sigma_of)
+    steps, count = len(middles), sum(len(part.latents) for part in noises[:2])
+    total = count * (steps * (steps + 10) + nfe(solver, steps))
     with GracefulStop() as stop, teller(denoiser, "growth of errors, images", total, quiet, world, stop) as tell:
         parts = [Travel(denoiser, solver, part, batch, tell, world) for part in noises[:2]]
-        gram = np.concatenate([part.grown(levels, sigma[1::2]) for part in parts])
-    orders = np.full(STEPS, float(order_of(solver)))
+        gram = np.concatenate([part.grown(levels, middles) for part in parts])
+    orders = np.full(steps, float(order_of(solver)))
     orders[-1] = 1.0
     evaluations = sum(part.evaluations for part in parts)
     return Growth(_density(gram, orders), evaluations, time.perf_counter() - began)
 
 
+def _finest(denoiser: Denoiser, sigma_of: Sigma) -> Tuple[np.ndarray, np.ndarray]:
+    """The clock's grid of at most P steps that the model has levels for, [n + 1], and the middles of its steps, [n]."""
+    for steps in range(STEPS, 1, -1):
+        sigma = sigma_of(np.linspace(0, 1, 2 * steps + 1))
+        try:
+            return fitted(denoiser, Grid(np.append(sigma[:-1:2], 0.0))).values, sigma[1::2]
+        except ValueError:
+            continue
+    raise ValueError(f"found a network whose lowest noise level is {denoiser.sigma_limits[0]:.6g}, too high for two "
+                     "steps of the learned clock; use --objective=art")
+
+
 def _density(gram: np.ndarray, orders: np.ndarray) -> np.ndarray:
     """log rho at the knots, of least mean error: mean over noises of sqrt(sum_jk G_jk rho_j^-p_j rho_k^-p_k)."""
-    middle = (np.arange(STEPS) + 0.5) / STEPS
+    middle = (np.arange(len(orders)) + 0.5) / len(orders)
 
     def objective(knots: np.ndarray) -> float:
         log_rho = np.interp(middle, np.linspace(0, 1, KNOTS), knots)

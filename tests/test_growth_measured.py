@@ -170,6 +170,23 @@ def test_a_measured_density_that_serves_few_noises_is_left(monkeypatch):
     assert choose().beta == 0.0 and choose().grid == plain
 
 
+def test_a_model_without_low_levels_is_measured_in_fewer_steps():
+    class High(GaussianDenoiser):
+        sigma_limits = (0.4, TOP)
+
+    model = High(0.0, S**2, (1, 2, 2), sigma_max=TOP, sigma_min=0.4)
+    noises, seen = draw_noises(gaussian(), CONFIG, TOP), []
+    original = Travel.grown
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Travel, "grown", lambda self, levels, middles: seen.append(levels) or original(
+            self, levels, middles))
+        growth = measure_growth(model, CLOCK.sigma, "euler", noises, CONFIG.batch)
+    assert len(growth.log_density) == KNOTS and 3 < len(seen[0]) - 1 < STEPS
+    assert seen[0][-2] >= 0.4 and (np.diff(seen[0]) < 0).all()
+    fewer = len(seen[0]) - 1
+    assert CLOCK.sigma(np.array([1 - 2 / (fewer + 1)]))[0] < 0.4 < CLOCK.sigma(np.array([1 - 2 / fewer]))[0]
+
+
 def test_every_evaluation_is_counted_and_processes_share_the_noises():
     def work(world):
         model = Rounded()
