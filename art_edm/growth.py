@@ -47,7 +47,7 @@ FURTHER = 12  # more such steps, where the least is the last
 TINY = 1e-300
 CLOSER = 6  # more between the neighbours of the least
 SURE = 3  # standard errors by which the gain of the best of many betas must differ from none
-HARDLY = 0.01  # of the mean error: what is less counts as this much in a geometric mean
+HARDLY = 0.01  # of the mean error: what is less counts as this much in a geometric mean; twice it, of the square
 STEPS = 18  # P: about as many as grids have, since E_k rho_k^(-p_k) holds for steps like those measured
 KNOTS = 6  # of log rho, a line between each two
 SMOOTH = 0.02  # of squared differences between knots, against the logarithm of the error
@@ -228,10 +228,11 @@ def choose_growth(
 
 
 def _better(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether errors [M] are less in the mean, in the mean square, and in the geometric mean."""
+    """Whether errors [M] are less in the mean and in the geometric mean, and hardly more in the mean square."""
     least = HARDLY * before.mean() + TINY
-    means = (np.mean, lambda errors: np.square(errors).mean(), lambda errors: np.log(np.maximum(errors, least)).mean())
-    return all(mean(after) < mean(before) for mean in means)
+    logarithm = lambda errors: np.log(np.maximum(errors, least)).mean()
+    squares = np.square(after).mean() <= (1 + 2 * HARDLY) * np.square(before).mean()
+    return bool(after.mean() < before.mean() and logarithm(after) < logarithm(before) and squares)
 
 
 def _surely(gain: np.ndarray) -> bool:

@@ -99,7 +99,7 @@ class Bench:
         """RMS over noises, its standard error, median, and each noise's error."""
         what = {**self._what(), "rule": rule, "solver": solver, "steps": steps}
         if rule == "endpoint":
-            what["method"] = 3
+            what["method"] = 4
         known = self.cells.load(what)
         if known is None:
             grid, more = self.grid(rule, solver, steps)
