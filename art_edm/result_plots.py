@@ -17,7 +17,7 @@ __all__ = ["plot_clock", "plot_grids", "plot_lines", "plot_overview", "plot_shee
 
 COLORS = {"uniform": "0.6", "dpm": "tab:green", "edm": "tab:blue", "art_rl": "tab:red", "art_rl_once": "tab:orange",
           "art_rl_own": "tab:orange", "direct": "tab:purple", "limit": "black"}
-MARKERS = {"uniform": "v", "dpm": "^", "edm": "s", "art_rl": "o"}
+MARKERS = {"uniform": "v", "dpm": "^", "edm": "s", "art_rl": "o", "art_rl_own": "D"}
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Tuple[Any, List[Any]]:
@@ -90,7 +90,10 @@ def plot_lines(path: Path, title: str, x: str, y: str, lines: Dict[str, Tuple[Li
 
 
 def plot_overview(path: Path, results: Sequence[Result]) -> None:
-    """Figure 3: the metric over NFE, one panel for each table; ours solid, the paper's dashed where it has it."""
+    """Figure 3: the metric over NFE, one panel for each table; ours solid, the paper's dotted where it has it.
+
+    art_rl_own: grids learned for each number of steps, where art_rl is one grid resampled.
+    """
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
     figure, panels = _figure(4.2 * columns, 3.4 * rows + 0.4, rows, columns)
@@ -98,14 +101,14 @@ def plot_overview(path: Path, results: Sequence[Result]) -> None:
         _panel(axes, result)
     for axes in panels[len(results):]:
         axes.set_visible(False)
-    shown = panels[0].get_legend_handles_labels()
-    figure.legend(*shown, loc="outside lower center", ncols=5)
+    shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5)
     figure.suptitle("solid: here, with standard errors\ndotted: as printed in the paper", fontsize=10)
     _save(figure, path)
 
 
 def _panel(axes: Any, result: Result) -> None:
-    for name in ("uniform", "dpm", "edm", "art_rl"):
+    for name in MARKERS:
         style = {"color": COLORS[name], "marker": MARKERS[name], "markersize": 4}
         if name in result.rows:
             errors = [value or 0 for value in result.stderr.get(name, [0] * len(result.nfe))]
