@@ -85,7 +85,9 @@ class Weighted(NamedTuple):
         """For a grid's provenance, ready for JSON."""
         tried = [{"beta": beta, "error": error} for beta, error in sorted(self.tried.items()) if error < np.inf]
         measured = None if self.error_measured is None else self.error_measured._asdict()
-        return {"solver": self.solver, "beta": self.beta, "tried": tried, "evaluations": self.evaluations,
+        weight = f"beta = {self.beta:.3g}" if self.beta else "beta = 0: none is surely better"
+        return {"solver": self.solver, "weight": "their measured growth" if self.beta is None else weight,
+                "beta": self.beta, "tried": tried, "evaluations": self.evaluations,
                 "seconds": self.seconds, "error_before": self.error_before._asdict(), "error_measured": measured,
                 "error_after": self.error_after._asdict()}
 

@@ -269,20 +269,13 @@ def finish(
             click.echo("\n".join(report.table(record)))
             for stage in told[int(record["num_steps"])]:
                 before, after = (record[stage][name] for name in ("error_before", "error_after"))
-                by = weight_of(record[stage]) if stage == "weighted" else ""
+                by = f" by {record[stage]['weight']}" if stage == "weighted" else ""
                 of = "on noises held out" if stage == "refined" else "over the noises that choose the weight"
                 click.echo(f"end-point error of {job.solver} {of}: {before['mean']:.4g} before, {after['mean']:.4g} "
                            f"+- {after['stderr']:.2g} {stage}{by} (median {after['median']:.4g})")
             drawn = f" and {path.stem}.png" if job.plot else ""
             click.echo(f"wrote {path} and {path.with_suffix('.json').name}{drawn}")
         click.echo(report.costs(records[-1][1], peak_memory()))
-
-
-def weight_of(record: Dict[str, Any]) -> str:
-    """How the end-point objective weighs the errors of this grid."""
-    if record["beta"] is None:
-        return " by their measured growth"
-    return f" by beta = {record['beta']:.3g}" if record["beta"] else " by beta = 0: none is surely better"
 
 
 def peak_memory() -> Optional[float]:
