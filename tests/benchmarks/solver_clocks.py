@@ -41,12 +41,13 @@ CONFIG = RefineConfig()
 class Bench:
     """One field: its clocks, its judges, and what is known already."""
 
-    def __init__(self, network: Network, noises: int, cells: Cells) -> None:
+    def __init__(self, network: Network, noises: int, cells: Cells, seed: int = SEED) -> None:
+        self.seed = seed
         self.network, self.denoiser, self.noises, self.cells = network, network.denoiser, noises, cells
         self.profiles: Dict[Optional[str], Profile] = {}
         self.drawn: Optional[Drawn] = None
         self.growths: Dict[str, Growth] = {}
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         self.latents = torch.randn((noises, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
         what = {**self._what(), "kind": "judges", "fine": FINE}
         known = cells.load(what)
@@ -57,7 +58,7 @@ class Bench:
         self.ends = torch.from_numpy(known["ends"])
 
     def _what(self) -> Dict[str, Any]:
-        return {"network": self.network.identity, "noises": self.noises, "seed": SEED, "version": 2}
+        return {"network": self.network.identity, "noises": self.noises, "seed": self.seed, "version": 2}
 
     def profile(self, solver: Optional[str] = None) -> Profile:
         """Of |Q|, or of a solver's local errors."""
@@ -132,20 +133,21 @@ def field(name: str, mnist: Optional[Path], cifar10: Optional[Path], images: int
 @click.option("--steps", default=",".join(map(str, STEPS)), show_default=True)
 @click.option("--rules", default=",".join(RULES), show_default=True)
 @click.option("--noises", default=256, show_default=True)
+@click.option("--seed", default=SEED, show_default=True, help="Of the judges' noises.")
 @click.option("--images", default=2000, show_default=True, help="Of the exact fields.")
 @click.option("--mnist", type=click.Path(path_type=Path))
 @click.option("--cifar10", type=click.Path(path_type=Path))
 @click.option("--cache", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path))
 def main(
-    fields: Tuple[str, ...], solvers: str, steps: str, rules: str, noises: int, images: int, mnist: Optional[Path],
+    fields: Tuple[str, ...], solvers: str, steps: str, rules: str, noises: int, seed: int, images: int, mnist: Optional[Path],
     cifar10: Optional[Path], cache: Path, out: Optional[Path],
 ) -> None:
     """A line for each field, solver and rule."""
     counts, table = [int(k) for k in steps.split(",")], {}
     for name in fields:
         network = field(name, mnist, cifar10, images)
-        bench = Bench(network, noises, Cells(cache))
+        bench = Bench(network, noises, Cells(cache), seed)
         for solver in solvers.split(","):
             for rule in rules.split(","):
                 cells: List[Dict[str, Any]] = [bench.cell(rule, solver, k) for k in counts]
@@ -154,7 +156,7 @@ def main(
                 click.echo(f"{network.name:<18} {solver:<8} {rule:<9} {shown}")
     if out:
         cost = {solver: [nfe(solver, k) for k in counts] for solver in solvers.split(",")}
-        write_json(out, {"steps": counts, "nfe": cost, "noises": noises, "images": images, "table": table})
+        write_json(out, {"steps": counts, "nfe": cost, "noises": noises, "seed": seed, "images": images, "table": table})
 
 
 if __name__ == "__main__":
