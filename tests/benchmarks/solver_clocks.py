@@ -1,7 +1,7 @@
 """Where each solver ends on which grid: EDM's rule, ART's clock, its own clock, the end-point objective, refined.
 
-The clocks are optimal ones (`--method=direct`); errors are RMS distances from exact end points over noises that chose
-nothing. Cells are kept in --cache, so that a long table can be made in pieces.
+The clocks are optimal ones (`--method=direct`); errors are RMS distances from exact end points over noises apart
+from those that choose. Cells are kept in --cache, so that a long table can be made in pieces.
 Run by hand:
     python -m tests.benchmarks.solver_clocks mnist gaussian:0.5 oned --cache=cells --out=solver_clocks.json
     python -m tests.benchmarks.solver_clocks empirical-mnist --mnist=DIR --rules=edm,art,endpoint --cache=cells
@@ -140,8 +140,8 @@ def field(name: str, mnist: Optional[Path], cifar10: Optional[Path], images: int
 @click.option("--cache", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path))
 def main(
-    fields: Tuple[str, ...], solvers: str, steps: str, rules: str, noises: int, seed: int, images: int, mnist: Optional[Path],
-    cifar10: Optional[Path], cache: Path, out: Optional[Path],
+    fields: Tuple[str, ...], solvers: str, steps: str, rules: str, noises: int, seed: int, images: int,
+    mnist: Optional[Path], cifar10: Optional[Path], cache: Path, out: Optional[Path],
 ) -> None:
     """A line for each field, solver and rule."""
     counts, table = [int(k) for k in steps.split(",")], {}
@@ -156,7 +156,8 @@ def main(
                 click.echo(f"{network.name:<18} {solver:<8} {rule:<9} {shown}")
     if out:
         cost = {solver: [nfe(solver, k) for k in counts] for solver in solvers.split(",")}
-        write_json(out, {"steps": counts, "nfe": cost, "noises": noises, "seed": seed, "images": images, "table": table})
+        settings = {"steps": counts, "nfe": cost, "noises": noises, "seed": seed, "images": images}
+        write_json(out, {**settings, "table": table})
 
 
 if __name__ == "__main__":
