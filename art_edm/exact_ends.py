@@ -22,21 +22,25 @@ STREAM = (1 << 30) + 7  # of the noises, apart from the training's
 
 
 def draw_noises(
-    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE
+    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE,
+    stream: int = STREAM,
 ) -> Drawn:
     """The noises of `config`, and where their exact paths from `sigma_max` end; for any solver and number of steps.
+
+    Another `stream` gives other noises.
 
     Raises Stopped when asked to stop, and NonFiniteOutput where the denoiser returned NaN or infinity.
     """
     with GracefulStop() as stop:
-        return draw(denoiser, config, sigma_max, quiet, world, stop)
+        return draw(denoiser, config, sigma_max, quiet, world, stop, stream)
 
 
 def draw(
-    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool, world: World, stop: GracefulStop
+    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool, world: World, stop: GracefulStop,
+    stream: int = STREAM,
 ) -> Drawn:
     """As `draw_noises`, for a caller that watches for the signal to stop itself."""
-    count, generator = config.noises + config.held, seeded_generator(config.seed, STREAM)
+    count, generator = config.noises + config.held, seeded_generator(config.seed, stream)
     latents = torch.randn((count, *denoiser.img_shape), generator=generator, dtype=torch.float64)
     labels = denoiser.draw_labels(count, generator)
     fine = edm(config.fine, denoiser.sigma_min, sigma_max) if denoiser.pinned else edm_unpinned(config.fine, sigma_max)

@@ -39,7 +39,7 @@ from .refine_state import Drawn, EndError
 from .sensitivity import Travel
 from .solvers import fitted, nfe
 
-__all__ = ["Growth", "Weighted", "choose_growth", "measure_growth", "optimum_of", "remaining", "weighted"]
+__all__ = ["Growth", "Weighted", "better", "choose_growth", "measure_growth", "optimum_of", "remaining", "weighted"]
 
 FINE = 8192  # steps of time in the quadrature
 COARSE = (-0.8, -0.4, 0.0, 0.4, 0.8, 1.2, 1.6)  # beta; no other minimum was seen in between
@@ -80,16 +80,21 @@ class Weighted(NamedTuple):
     evaluations: int
     seconds: float
     solver: str
+    apart: Optional[Tuple[EndError, EndError]] = None  # of plain and chosen, over the noises of `endpoint.confirm`
+    refuted: bool = False  # by those; then `grid` is the clock's own
 
     def record(self) -> Dict[str, Any]:
         """For a grid's provenance, ready for JSON."""
         tried = [{"beta": beta, "error": error} for beta, error in sorted(self.tried.items()) if error < np.inf]
         measured = None if self.error_measured is None else self.error_measured._asdict()
         weight = f"beta = {self.beta:.3g}" if self.beta else "beta = 0: none is surely better"
+        weight = "beta = 0: other noises refute what seemed better" if self.refuted else weight
+        apart = self.apart and {
+            "before": self.apart[0]._asdict(), "after": self.apart[1]._asdict(), "refuted": self.refuted}
         return {"solver": self.solver, "weight": "their measured growth" if self.beta is None else weight,
                 "beta": self.beta, "tried": tried, "evaluations": self.evaluations,
                 "seconds": self.seconds, "error_before": self.error_before._asdict(), "error_measured": measured,
-                "error_after": self.error_after._asdict()}
+                "error_after": self.error_after._asdict(), "noises_apart": apart}
 
 
 def remaining(sigma: np.ndarray, sigma_data: float) -> np.ndarray:
@@ -217,9 +222,9 @@ def choose_growth(
         error(0.0)
         if steps > 1:
             _search(error)
-        best = min((beta for beta in tried if _better(tried[0.0], tried[beta])), key=error, default=0.0)
+        best = min((beta for beta in tried if better(tried[0.0], tried[beta])), key=error, default=0.0)
         best = best if _surely(tried[0.0] - tried[best]) else 0.0
-        if growth is not None and steps > 1 and error(None) < error(best) and _better(tried[0.0], tried[None]):
+        if growth is not None and steps > 1 and error(None) < error(best) and better(tried[0.0], tried[None]):
             best = None
     ends = {beta: EndError.of(errors) if len(errors) > 1 else None for beta, errors in tried.items()}
     return Weighted(
@@ -229,7 +234,7 @@ def choose_growth(
     )
 
 
-def _better(before: np.ndarray, after: np.ndarray) -> bool:
+def better(before: np.ndarray, after: np.ndarray) -> bool:
     """Whether errors [M] are less in the mean and in the geometric mean, and hardly more in the mean square."""
     least = HARDLY * before.mean() + TINY
     logarithm = lambda errors: np.log(np.maximum(errors, least)).mean()

@@ -21,8 +21,8 @@ from art_edm.growth import (
     KNOTS,
     STEPS,
     Growth,
-    _better,
     _density,
+    better,
     choose_growth,
     measure_growth,
     optimum_of,
@@ -154,7 +154,7 @@ def test_what_was_measured_is_taken_where_it_serves_the_solver_best():
 def test_few_noises_decide_nothing(factor, taken):
     """Errors of the plain grid, the last of them four times as large, and the same times `factor`."""
     before = np.append(np.full(15, 1.0), 4.0 if factor[-1] < 1 else 2.0)
-    assert _better(before, before * factor) == taken
+    assert better(before, before * factor) == taken
     assert taken or factor[0] == factor[-1] or before.mean() > (before * factor).mean()
 
 
@@ -166,7 +166,7 @@ def test_a_measured_density_that_serves_few_noises_is_left(monkeypatch):
     assert choose().error_measured.mean < choose().error_before.mean
     monkeypatch.setattr(growth_module, "_search", lambda error: None)  # no beta in its way
     assert choose().beta is None
-    monkeypatch.setattr(growth_module, "_better", lambda before, after: False)
+    monkeypatch.setattr(growth_module, "better", lambda before, after: False)
     assert choose().beta == 0.0 and choose().grid == plain
 
 

@@ -208,14 +208,16 @@ def through_solver(
     from dataclasses import replace
 
     from art_edm.devices import with_back_off
-    from art_edm.growth import choose_growth, measure_growth, optimum_of
+    from art_edm.endpoint import end_point_grids
+    from art_edm.growth import optimum_of
     from art_edm.refine import RefineConfig, draw_noises, refine
 
     told: Dict[int, Dict[str, Any]] = {k: {} for k in grids}
     config, denoiser, noises = RefineConfig(seed=seed), job.network.denoiser, None
 
     def count(stage: str, began: float, evaluations: int) -> None:
-        result.evaluations[stage], result.seconds[stage] = evaluations, time.perf_counter() - began
+        result.evaluations[stage] = result.evaluations.get(stage, 0) + evaluations
+        result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - began
 
     if job.weigh or (job.refine and len(grids) > 1):
         began = time.perf_counter()
@@ -224,17 +226,10 @@ def through_solver(
         noises = with_back_off(draw, config.batch, denoiser.device)
         count("ends", began, noises.evaluations)
     if job.weigh:
-        began = time.perf_counter()
         sigma_of = result.learned.sigma if result.learned else optimum_of(result.profile)
-        measure = lambda batch: measure_growth(denoiser, sigma_of, job.solver, noises, batch, job.quiet, job.world)
-        growth = with_back_off(measure, config.batch, denoiser.device) if max(grids) > 1 else None
-        for k, grid in grids.items():
-            weigh = lambda batch, grid=grid: choose_growth(
-                denoiser, sigma_of, grid, job.solver, noises, batch, job.quiet, job.world, growth)
-            found = with_back_off(weigh, config.batch, denoiser.device)
-            grids[k], told[k]["weighted"] = found.grid, found.record()
-        searched = sum(each["weighted"]["evaluations"] for each in told.values())
-        count("endpoint", began, searched + (growth.evaluations if growth else 0))
+        found = end_point_grids(denoiser, sigma_of, grids, job.solver, config, noises, count, job.quiet, job.world)
+        for k, one in found.items():
+            grids[k], told[k]["weighted"] = one.grid, one.record()
     if job.refine:
         began = time.perf_counter()
         for k, grid in grids.items():
@@ -268,9 +263,12 @@ def finish(
         for path, record in records:
             click.echo("\n".join(report.table(record)))
             for stage in told[int(record["num_steps"])]:
+                apart = record[stage].get("noises_apart")  # they had no part in the choice
                 before, after = (record[stage][name] for name in ("error_before", "error_after"))
+                if apart:
+                    before, after = apart["before"], apart["before" if apart["refuted"] else "after"]
                 by = f" by {record[stage]['weight']}" if stage == "weighted" else ""
-                of = "on noises held out" if stage == "refined" else "over the noises that choose the weight"
+                of = "on noises held out" if apart or stage == "refined" else "over the noises that choose the weight"
                 click.echo(f"end-point error of {job.solver} {of}: {before['mean']:.4g} before, {after['mean']:.4g} "
                            f"+- {after['stderr']:.2g} {stage}{by} (median {after['median']:.4g})")
             drawn = f" and {path.stem}.png" if job.plot else ""

@@ -26,7 +26,7 @@ from art_edm.denoiser import Denoiser
 from art_edm.files import write_json
 from art_edm.image_fields import cifar10_images, empirical, mnist_images
 from art_edm.loading import load_network
-from art_edm.profile import Profile
+from art_edm.profile import Profile, smoothed
 from art_edm.training import PRESETS, train
 from art_edm.trajectories import measure_along, measure_profile
 
@@ -121,6 +121,13 @@ def reference_profile(denoiser: Denoiser, many: int, points: int, quick: bool, k
     return profile
 
 
+def floor_of(denoiser: Denoiser, standard: Profile, many: int, points: int) -> Dict[str, Any]:
+    """Score of the optimum of a profile with far more trajectories: what the reference's own few hold against any."""
+    latents, labels = noises(denoiser, many, 777_000)
+    profile = measure_along(denoiser, latents, standard.clock, points, batch=32, class_labels=labels)
+    return {"profile": f"{many}x{points}", "J_over_J_star": excess(smoothed([profile]), standard)}
+
+
 def default_run(denoiser: Denoiser, standard: Profile, seed: int) -> Dict[str, Any]:
     """Scores of the default run: of its learned clock, and of its profile's own optimum (--method=direct)."""
     result = train(denoiser, replace(PRESETS["default"], seed=seed))
@@ -139,12 +146,14 @@ def default_run(denoiser: Denoiser, standard: Profile, seed: int) -> Dict[str, A
 @click.option("--quick-reference", is_flag=True, help="One evaluation for each point of the reference.")
 @click.option("--references", type=click.Path(path_type=Path), help="Folder that keeps references for another time.")
 @click.option("--seeds", default=3, show_default=True, help="Default runs.")
+@click.option("--floor", help="Also score the optimum of a profile of so many trajectories x points.")
 @click.option("--curve-seeds", default=1, show_default=True, help="Noises of the curve.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation_curve.json", show_default=True)
 @click.option("--picture", type=click.Path(path_type=Path), help="The curve as a picture.")
 def main(
     names: Tuple[str, ...], mnist: Optional[Path], cifar10: Optional[Path], reference: str, quick_reference: bool,
-    references: Optional[Path], seeds: int, curve_seeds: int, out: Path, picture: Optional[Path],
+    references: Optional[Path], seeds: int, floor: Optional[str], curve_seeds: int, out: Path,
+    picture: Optional[Path],
 ) -> None:
     """One line per field; JSON, to which other fields are added later, and the curve as a picture."""
     found: Dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
@@ -158,6 +167,9 @@ def main(
         found[label] = {"reference": f"{reference}, {each} evaluations each", "art_rl": runs,
                         "curve": curve(denoiser, standard, curve_seeds)}
         scores = ", ".join(f"{run['J_over_J_star']:.4f}/{run['optimum']:.4f} ({run['evaluations']:,})" for run in runs)
+        if floor:
+            found[label]["floor"] = floor_of(denoiser, standard, *(int(part) for part in floor.split("x")))
+            click.echo(f"{label:<20} floor: {found[label]['floor']['J_over_J_star']:.4f}")
         click.echo(f"{label:<20} J/J* of ART-RL/direct (evaluations): {scores}")
         write_json(out, found)
     if picture:

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from art_edm.cells import Cells
+from art_edm.cli import command_line
 from art_edm.config import TrainConfig
+from art_edm.endpoint import confirm, draw_apart
 from art_edm.exact_ends import draw_noises
 from art_edm.field import rms
 from art_edm.files import write_json
-from art_edm.grid import Grid, edm, edm_unpinned
+from art_edm.grid import Grid, edm, edm_unpinned, save_grid
 from art_edm.growth import Growth, choose_growth, measure_growth, optimum_of
 from art_edm.image_fields import cifar10_images, empirical, mnist_images
 from art_edm.loading import Network, load_network
@@ -46,6 +48,7 @@ class Bench:
         self.network, self.denoiser, self.noises, self.cells = network, network.denoiser, noises, cells
         self.profiles: Dict[Optional[str], Profile] = {}
         self.drawn: Optional[Drawn] = None
+        self.apart: Optional[Drawn] = None
         self.growths: Dict[str, Growth] = {}
         generator = torch.Generator().manual_seed(seed)
         self.latents = torch.randn((noises, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
@@ -91,6 +94,9 @@ class Bench:
                 self.growths[solver] = measure_growth(denoiser, clock, solver, self.drawn, CONFIG.batch)
             growth = self.growths[solver]
             found = choose_growth(denoiser, clock, plain, solver, self.drawn, CONFIG.batch, growth=growth)
+            if found.beta != 0:
+                self.apart = self.apart or draw_apart(denoiser, CONFIG, denoiser.sigma_max)
+                found = confirm(denoiser, found, plain, self.apart, CONFIG.batch)
             beta = float("nan") if found.beta is None else found.beta
             return found.grid, {"beta": beta, "evaluations": found.evaluations, "growth": growth.evaluations}
         found = refine(denoiser, plain, solver, CONFIG, noises=self.drawn)
@@ -100,7 +106,7 @@ class Bench:
         """RMS over noises, its standard error, median, and each noise's error."""
         what = {**self._what(), "rule": rule, "solver": solver, "steps": steps}
         if rule == "endpoint":
-            what["method"] = 4
+            what["method"] = 5
         known = self.cells.load(what)
         if known is None:
             grid, more = self.grid(rule, solver, steps)
@@ -139,9 +145,10 @@ def field(name: str, mnist: Optional[Path], cifar10: Optional[Path], images: int
 @click.option("--cifar10", type=click.Path(path_type=Path))
 @click.option("--cache", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path))
+@click.option("--grids", type=click.Path(path_type=Path), help="Folder for the grids: FIELD-SOLVER-RULE-K.npy.")
 def main(
     fields: Tuple[str, ...], solvers: str, steps: str, rules: str, noises: int, seed: int, images: int,
-    mnist: Optional[Path], cifar10: Optional[Path], cache: Path, out: Optional[Path],
+    mnist: Optional[Path], cifar10: Optional[Path], cache: Path, out: Optional[Path], grids: Optional[Path],
 ) -> None:
     """A line for each field, solver and rule."""
     counts, table = [int(k) for k in steps.split(",")], {}
@@ -152,6 +159,10 @@ def main(
             for rule in rules.split(","):
                 cells: List[Dict[str, Any]] = [bench.cell(rule, solver, k) for k in counts]
                 table.setdefault(network.name, {}).setdefault(solver, {})[rule] = cells
+                for k, cell in zip(counts, cells if grids else ()):
+                    grids.mkdir(parents=True, exist_ok=True)
+                    made = {"rule": rule, "solver": solver, "network": network.name, "command": command_line()}
+                    save_grid(grids / f"{network.name}-{solver}-{rule}-{k}.npy", Grid(np.array(cell["levels"])), made)
                 shown = "  ".join(f"{cell['rms']:.4g}±{cell['stderr']:.2g}" for cell in cells)
                 click.echo(f"{network.name:<18} {solver:<8} {rule:<9} {shown}")
     if out:

@@ -1,0 +1,102 @@
+"""The end-point objective as a whole: the growth is measured, a grid is chosen for each K, and other noises confirm it.
+
+End-point errors have heavy tails: where a path ends on another image, one noise outweighs twenty. The few noises that
+choose do not show such tails, so three times as many others must find the chosen grid better, too; else the clock's
+own stays.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any, Callable, Dict, Mapping
+
+import numpy as np
+
+from .denoiser import Denoiser
+from .devices import with_back_off
+from .distributed import ALONE, World
+from .exact_ends import draw_noises, teller
+from .grid import Grid
+from .growth import Sigma, Weighted, better, choose_growth, measure_growth
+from .progress import GracefulStop
+from .refine_state import Drawn, EndError, RefineConfig
+from .sensitivity import Travel
+from .solvers import fitted, nfe
+
+__all__ = ["Count", "confirm", "draw_apart", "end_point_grids"]
+
+APART = 3  # times the noises that choose
+STREAM = (1 << 30) + 8  # theirs
+
+Count = Callable[[str, float, int], None]  # of a stage, when it began and its evaluations
+
+
+def draw_apart(
+    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE
+) -> Drawn:
+    """The noises of `confirm`: as `draw_noises`, but more, and none of those that the same `config` gives there."""
+    many = replace(config, noises=APART * config.noises, held=APART * config.held)
+    return draw_noises(denoiser, many, sigma_max, quiet, world, STREAM)
+
+
+def confirm(
+    denoiser: Denoiser, found: Weighted, plain: Grid, apart: Drawn, batch: int, quiet: bool = True,
+    world: World = ALONE,
+) -> Weighted:
+    """`found` where noises that had no part in the choice find its grid better, too; else it gets the `plain` one.
+
+    Args:
+        found: of `choose_growth`. Where it has the plain grid already, it is returned as it is.
+        plain: the clock's own grid.
+        apart: from `draw_apart`. Other arguments and errors as for `choose_growth`.
+    """
+    if found.beta == 0:
+        return found
+    plain, began = fitted(denoiser, plain), time.perf_counter()
+    total = 2 * nfe(found.solver, plain.num_steps) * sum(len(part.latents) for part in apart[:2])
+    with GracefulStop() as stop, teller(denoiser, "end-point errors, images", total, quiet, world, stop) as tell:
+        parts = [Travel(denoiser, found.solver, part, batch, tell, world) for part in apart[:2]]
+        before, after = (np.concatenate([part.run(grid.values, keep=False).errors for part in parts])
+                         for grid in (plain, found.grid))
+    found = found._replace(
+        apart=(EndError.of(before), EndError.of(after)), refuted=not better(before, after),
+        evaluations=found.evaluations + sum(part.evaluations for part in parts),
+        seconds=found.seconds + time.perf_counter() - began,
+    )
+    return found._replace(grid=plain, beta=0.0, error_after=found.error_before) if found.refuted else found
+
+
+def end_point_grids(
+    denoiser: Denoiser, sigma_of: Sigma, grids: Mapping[int, Grid], solver: str, config: RefineConfig, noises: Drawn,
+    count: Count, quiet: bool = True, world: World = ALONE,
+) -> Dict[int, Weighted]:
+    """For each K the grid that serves `solver` best; evaluations are in batches of `config` or what memory allows.
+
+    Args:
+        sigma_of: the learned clock, noise levels at times [n] in [0, 1].
+        grids: K -> the clock's own grid.
+        noises: from `draw_noises` with the same `config`.
+        count: told of each piece of work, of stage "endpoint" or, for exact ends of more noises, "ends".
+    """
+    top, whole = next(iter(grids.values())).sigma_max, None
+
+    def attempt(stage: str, work: Callable[[int], Any], before: int = 0) -> Any:
+        began = time.perf_counter()
+        result = with_back_off(work, config.batch, denoiser.device)
+        count(stage, began, result.evaluations - before)
+        return result
+
+    growth, found, common = None, {}, {"quiet": quiet, "world": world}
+    if max(grids) > 1:
+        growth = attempt("endpoint", partial(measure_growth, denoiser, sigma_of, solver, noises, **common))
+    for k, plain in grids.items():
+        choose = partial(choose_growth, denoiser, sigma_of, plain, solver, noises, growth=growth, **common)
+        found[k] = attempt("endpoint", choose)
+        if found[k].beta != 0:
+            if whole is None:
+                whole = attempt("ends", lambda batch: draw_apart(denoiser, replace(config, batch=batch), top, **common))
+            ask = partial(confirm, denoiser, found[k], plain, whole, **common)
+            found[k] = attempt("endpoint", ask, found[k].evaluations)
+    return found
