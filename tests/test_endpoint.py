@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from refine_fields import SHORT, Threads
+from torch.distributed import HashStore
 
 from art_edm import endpoint as endpoint_module
 from art_edm.analytic import EmpiricalDenoiser, GaussianDenoiser
 from art_edm.clock import GaussianClock
+from art_edm.distributed import ALONE
 from art_edm.endpoint import confirm, draw_apart, end_point_grids
 from art_edm.exact_ends import draw_noises
 from art_edm.field import rms
@@ -134,3 +139,21 @@ def test_all_numbers_of_steps_share_one_measurement_and_one_confirmation():
         assert found[k].apart[1].mean / found[k].apart[0].mean == pytest.approx(0.845, abs=0.02)  # Gaussian data
     few = end_point_grids(model, CLOCK.sigma, {1: grids[1]}, "euler", CONFIG, noises, count)
     assert few[1].beta == 0 and costs[-1][0] == "endpoint" and few[1].grid.num_steps == 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_the_noises_apart(size):
+    """Choice, confirmation and costs are those of one process, to the byte."""
+
+    def work(world):
+        model, costs = gaussian(), []
+        noises = draw_noises(model, SHORT, TOP, world=world)
+        count = lambda stage, began, evaluations: costs.append((stage, evaluations))
+        found = end_point_grids(model, CLOCK.sigma, {4: plain_of(4)}, "euler", SHORT, noises, count, world=world)[4]
+        return found.grid.values.tobytes(), found.beta, found.apart, found.refuted, costs
+
+    store, barrier, box = HashStore(), threading.Barrier(size), [None] * size
+    with ThreadPoolExecutor(size) as pool:
+        every = list(pool.map(lambda rank: work(Threads(rank, size, store, barrier, box)), range(size)))
+    assert every == [work(ALONE)] * size
+    assert every[0][1] != 0 and [stage for stage, _ in every[0][-1]].count("ends") == 1
