@@ -19,18 +19,17 @@ from .devices import with_back_off
 from .distributed import ALONE, World
 from .exact_ends import draw_noises, teller
 from .grid import Grid
-from .growth import Sigma, Weighted, better, choose_growth, measure_growth
-from .progress import GracefulStop
-from .refine_state import Drawn, EndError, RefineConfig
+from .growth import SLACK, Sigma, Weighted, choose_growth, measure_growth
+from .progress import Count, GracefulStop
+from .refine_state import Drawn, EndError, RefineConfig, better
 from .sensitivity import Travel
 from .solvers import fitted, nfe
 
-__all__ = ["Count", "confirm", "draw_apart", "end_point_grids"]
+__all__ = ["CHOOSE", "confirm", "draw_apart", "draw_noises", "end_point_grids"]
 
+CHOOSE = RefineConfig(held=32)  # the noises that choose, both parts of them
 APART = 3  # times the noises that choose
 STREAM = (1 << 30) + 8  # theirs
-
-Count = Callable[[str, float, int], None]  # of a stage, when it began and its evaluations
 
 
 def draw_apart(
@@ -61,7 +60,7 @@ def confirm(
         before, after = (np.concatenate([part.run(grid.values, keep=False).errors for part in parts])
                          for grid in (plain, found.grid))
     found = found._replace(
-        apart=(EndError.of(before), EndError.of(after)), refuted=not better(before, after),
+        apart=(EndError.of(before), EndError.of(after)), refuted=not better(before, after, SLACK),
         evaluations=found.evaluations + sum(part.evaluations for part in parts),
         seconds=found.seconds + time.perf_counter() - began,
     )

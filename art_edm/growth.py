@@ -35,19 +35,19 @@ from .grid import Grid
 from .local_errors import order_of
 from .profile import Profile
 from .progress import GracefulStop
-from .refine_state import Drawn, EndError
+from .refine_state import Drawn, EndError, better
 from .sensitivity import Travel
 from .solvers import fitted, nfe
 
-__all__ = ["Growth", "Weighted", "better", "choose_growth", "measure_growth", "optimum_of", "remaining", "weighted"]
+__all__ = ["Growth", "SLACK", "Weighted", "choose_growth", "measure_growth", "optimum_of", "remaining", "weighted"]
 
 FINE = 8192  # steps of time in the quadrature
 COARSE = (-0.8, -0.4, 0.0, 0.4, 0.8, 1.2, 1.6)  # beta; no other minimum was seen in between
 FURTHER = 12  # more such steps, where the least is the last
 TINY = 1e-300
 CLOSER = 6  # more between the neighbours of the least
+SLACK = 0.02  # of the mean square that an objective may lose where it gains in the mean
 SURE = 3  # standard errors by which the gain of the best of many betas must differ from none
-HARDLY = 0.01  # of the mean error: what is less counts as this much in a geometric mean; twice it, of the square
 STEPS = 18  # P: about as many as grids have, since E_k rho_k^(-p_k) holds for steps like those measured
 KNOTS = 6  # of log rho, a line between each two
 SMOOTH = 0.02  # of squared differences between knots, against the logarithm of the error
@@ -222,9 +222,9 @@ def choose_growth(
         error(0.0)
         if steps > 1:
             _search(error)
-        best = min((beta for beta in tried if better(tried[0.0], tried[beta])), key=error, default=0.0)
+        best = min((beta for beta in tried if better(tried[0.0], tried[beta], SLACK)), key=error, default=0.0)
         best = best if _surely(tried[0.0] - tried[best]) else 0.0
-        if growth is not None and steps > 1 and error(None) < error(best) and better(tried[0.0], tried[None]):
+        if growth is not None and steps > 1 and error(None) < error(best) and better(tried[0.0], tried[None], SLACK):
             best = None
     ends = {beta: EndError.of(errors) if len(errors) > 1 else None for beta, errors in tried.items()}
     return Weighted(
@@ -232,14 +232,6 @@ def choose_growth(
         {beta: error(beta) for beta in tried if beta is not None},
         sum(part.evaluations for part in parts), time.perf_counter() - began, solver,
     )
-
-
-def better(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether errors [M] are less in the mean and in the geometric mean, and hardly more in the mean square."""
-    least = HARDLY * before.mean() + TINY
-    logarithm = lambda errors: np.log(np.maximum(errors, least)).mean()
-    squares = np.square(after).mean() <= (1 + 2 * HARDLY) * np.square(before).mean()
-    return bool(after.mean() < before.mean() and logarithm(after) < logarithm(before) and squares)
 
 
 def _surely(gain: np.ndarray) -> bool:

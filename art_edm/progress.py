@@ -6,9 +6,11 @@ import signal
 import sys
 import time
 from types import FrameType, TracebackType
-from typing import Optional, Type
+from typing import Callable, Optional, Type
 
-__all__ = ["GracefulStop", "Progress", "Stopped"]
+__all__ = ["Count", "GracefulStop", "Progress", "Stopped"]
+
+Count = Callable[[str, float, int], None]  # told of a stage, when a piece of it began, and its evaluations
 
 
 class Stopped(Exception):

@@ -2,10 +2,14 @@
 
 From a grid such as ART's, whose first level and number of steps stay, Levenberg-Marquardt steps (see `descent`)
 move the inner levels to where the solver in use ends nearest to the exact solution, over M noises. The derivatives
-are differences through the solver (see `sensitivity`), so that every network, guidance and solver will do. Only
-steps that lower the error are taken; noises held out of all this decide when it ends, and that no grid is returned
-which they find worse than the one at the start; among the others it is the least mean error over all noises that
-counts. A run that is resumed gives the bytes of an uninterrupted one.
+are differences through the solver (see `sensitivity`), so that every network, guidance and solver will do. Errors
+have many minima, and other grids may be nearer to a lower one: it begins with the best of those it is given.
+
+Only steps that lower the error are taken. Noises held out of all this, three times as many, decide when it ends,
+and that no grid is returned which they do not find better than the given one: in mean and geometric mean, and not
+worse in the mean square, which few paths that end on another image can decide. Among the others it is the least mean
+error over all noises that counts. Where the best of the steps is refused, they are asked about grids between the
+given one and that, too. A run that is resumed gives the bytes of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -24,17 +28,17 @@ from .distributed import ALONE, World
 from .exact_ends import draw, draw_noises, teller
 from .grid import Grid
 from .progress import GracefulStop, Stopped
-from .refine_state import Drawn, EndError, RefineConfig, RefineState, read_state, write_state
+from .refine_state import Drawn, EndError, RefineConfig, RefineState, better, read_state, write_state
 from .sensitivity import Run, Travel
 from .solvers import nfe, supported
 
 __all__ = ["Drawn", "EndError", "RefineConfig", "RefineResult", "check_refinable", "draw_noises", "refine"]
 
+GIVEN = "given"
 TRIALS = 7  # of one search
 TINY = 1e-300
 ENOUGH = 1e-4  # error over that of the start: nothing is gained below, the reference is not better
-
-
+BETWEEN = (0.75, 0.5, 0.25)  # shares of the way to a grid that is refused
 DEFAULT = RefineConfig()
 
 
@@ -43,9 +47,11 @@ class RefineResult:
     """What a refinement leaves behind."""
 
     grid: Grid
-    error_before: EndError  # of the grid it started from
+    start: str  # where it began: "given", or the name of another grid
+    share: float  # of the way from the given grid to a step that was refused, in log sigma; 1 unless `grid` is there
+    error_before: EndError  # of the given grid
     error_after: EndError  # of `grid`, in the mean never above; it was among what chose the grid, so a little too good
-    history: List[Dict[str, float]]  # evaluations, and mean errors `train` and `held`, from the start on
+    history: List[Dict[str, float]]  # evaluations, and errors `train` and `held`, from the start on
     evaluations: int
     seconds: float
     settings: Dict[str, Any]  # of the refinement, `solver` among them
@@ -59,7 +65,7 @@ class RefineResult:
 def refine(
     denoiser: Denoiser, grid: Grid, solver: str, config: RefineConfig = DEFAULT, identity: str = "",
     checkpoint: Optional[Path] = None, resume: bool = False, quiet: bool = True, world: World = ALONE,
-    noises: Optional[Drawn] = None,
+    noises: Optional[Drawn] = None, others: Mapping[str, Grid] = {},
 ) -> RefineResult:
     """Move the inner levels of `grid` to where `solver` ends nearest to the exact solution.
 
@@ -72,6 +78,7 @@ def refine(
         world: processes that share the noises, all with the same arguments; each returns the same result.
         noises: from `draw_noises` with the same config, shared by several refinements, whose cost is then not
             counted here. None draws them.
+        others: grids by name, of as many steps and the same first level, from which it may start in place of `grid`.
     Raises:
         Stopped: Ctrl-C or SIGTERM; what was finished is saved.
         NonFiniteOutput: the denoiser returned NaN or infinity; what was finished is saved.
@@ -79,8 +86,9 @@ def refine(
         ValueError: a model of discrete noise levels, an unknown solver, a grid the model does not support, or
             settings out of range.
     """
-    _check(denoiser, grid, solver, config)
-    job = _Refinement(denoiser, grid, solver, config, identity, checkpoint, quiet, world)
+    grids = {GIVEN: grid, **others}
+    _check(denoiser, grids, solver, config)
+    job = _Refinement(denoiser, grids, solver, config, identity, checkpoint, quiet, world)
     job.noises, job.given = noises, noises is not None
     if resume and checkpoint is not None and world.share(checkpoint.exists()):
         with world.phase():
@@ -94,10 +102,15 @@ def refine(
             raise type(error)(f"{error}; what was finished is in {checkpoint}, continue with --resume") from None
 
 
-def _check(denoiser: Denoiser, grid: Grid, solver: str, config: RefineConfig) -> None:
+def _check(denoiser: Denoiser, grids: Mapping[str, Grid], solver: str, config: RefineConfig) -> None:
     nfe(config.fine_solver, config.fine)
     check_refinable(denoiser, solver)
-    supported(denoiser, grid)
+    steps, top = grids[GIVEN].num_steps, grids[GIVEN].sigma_max
+    for name, grid in grids.items():
+        supported(denoiser, grid)
+        if (grid.num_steps, grid.sigma_max) != (steps, top):
+            found = f"found {grid.num_steps} steps from {grid.sigma_max:.6g} in the grid {name}"
+            raise ValueError(f"{found}, expected {steps} from {top:.6g}, as in the given one; leave it out")
     for name in ("noises", "held", "batch", "step", "damping", "patience"):
         if not getattr(config, name) > 0:
             raise ValueError(f"found {name} = {getattr(config, name)}, expected more than 0; change the settings")
@@ -122,18 +135,22 @@ class _Refinement:
     """One refinement: its state, and what changes it."""
 
     def __init__(
-        self, denoiser: Denoiser, grid: Grid, solver: str, config: RefineConfig, identity: str,
+        self, denoiser: Denoiser, grids: Mapping[str, Grid], solver: str, config: RefineConfig, identity: str,
         checkpoint: Optional[Path], quiet: bool, world: World,
     ) -> None:
-        self.denoiser, self.grid, self.solver, self.config = denoiser, grid, solver, config
+        self.denoiser, self.grids, self.solver, self.config = denoiser, grids, solver, config
         self.checkpoint, self.quiet, self.world, self.saved = checkpoint, quiet, world, False
-        self.first, self.low = grid.sigma_max, denoiser.sigma_limits[0]
-        self.settings = {**asdict(config), "network": identity, "solver": solver, "grid": grid.values.tolist()}
+        self.first, self.low = grids[GIVEN].sigma_max, denoiser.sigma_limits[0]
+        starts = {name: grid.values.tolist() for name, grid in grids.items()}
+        self.settings = {**asdict(config), "network": identity, "solver": solver, "grids": starts}
         self.noises: Optional[Drawn] = None
         self.given, self.began = False, time.perf_counter()  # given: the noises are the caller's
-        q = torch.from_numpy(descent.parameters_of(grid.values, self.low))
-        zero = torch.zeros_like(q)
-        self.state = RefineState(q, torch.tensor(grid.values), torch.outer(zero, zero), zero, zero, config.damping)
+        q = self._parameters(GIVEN)
+        zero, levels, none = torch.zeros_like(q), torch.tensor(grids[GIVEN].values), q[:0]
+        self.state = RefineState(q, levels, levels, none, torch.outer(zero, zero), zero, zero, config.damping)
+
+    def _parameters(self, start: str) -> torch.Tensor:
+        return torch.from_numpy(descent.parameters_of(self.grids[start].values, self.low))
 
     def work(self, stop: GracefulStop) -> RefineResult:
         """All of it, from wherever the state is."""
@@ -144,27 +161,39 @@ class _Refinement:
         with teller(self.denoiser, "refining, images", self._expected(), self.quiet, self.world, stop) as tell:
             batch, world = self.config.batch, self.world
             train, held = (Travel(self.denoiser, self.solver, part, batch, tell, world) for part in self.noises[:2])
-            run = None if state.finished else train.run(self._levels(state.q))
-            if state.history:  # that run was counted when it was accepted
+            if state.history:
+                run = None if state.finished else train.run(self._levels(state.q))  # counted when it was accepted
                 train.evaluations = state.evaluations - (0 if self.given else self.noises.evaluations)
             else:
-                errors = held.run(self.grid.values).errors
-                state.before = state.after = list(EndError.of(errors))
-                state.finished = self.grid.num_steps == 1
-                self._note(run, errors, train, held)
+                run = self._begin(train, held)
             while not state.finished:
                 run = self._iterate(run, train, held)
+            if not state.settled:
+                self._settle(train, held)
         return RefineResult(
-            Grid(state.best.numpy()), EndError(*state.before), EndError(*state.after), state.history,
-            state.evaluations, state.seconds, {"solver": self.solver, **asdict(self.config)},
+            Grid(state.best.numpy()), state.start, state.share, EndError(*state.before), EndError(*state.after),
+            state.history, state.evaluations, state.seconds, {"solver": self.solver, **asdict(self.config)},
         )
+
+    def _begin(self, train: Travel, held: Travel) -> Run:
+        """The run of the best of the grids to start from, which noises held out must find better than the given one."""
+        state, grids = self.state, self.grids
+        runs = {name: train.run(self._levels(self._parameters(name))) for name in grids}  # as a resumed run has it
+        errors = {name: held.run(grid.values, False).errors for name, grid in grids.items()}
+        total = {name: run.errors.sum() + errors[name].sum() for name, run in runs.items()}
+        allowed = [name for name in grids if name == GIVEN or better(errors[GIVEN], errors[name])]
+        state.start = min(allowed, key=total.__getitem__)
+        state.q, state.errors = self._parameters(state.start), torch.from_numpy(errors[GIVEN])
+        state.before = list(EndError.of(errors[GIVEN]))
+        state.finished = grids[GIVEN].num_steps == 1
+        self._note(runs[state.start], errors[state.start], train, held)
+        return runs[state.start]
 
     def _expected(self) -> int:
         """Evaluations, should it take all iterations."""
-        steps, config = self.grid.num_steps, self.config
-        run = nfe(self.solver, steps)
+        steps, config = self.grids[GIVEN].num_steps, self.config
         derivatives = sum(nfe(self.solver, n) - 1 for n in range(2, steps + 1)) * config.noises
-        whole = config.iterations * (derivatives + run * (config.noises + config.held))
+        whole = config.iterations * (derivatives + nfe(self.solver, steps) * (config.noises + config.held))
         return max(whole, config.cheap if config.more > config.iterations else 0)
 
     def _levels(self, q: torch.Tensor) -> np.ndarray:
@@ -211,23 +240,50 @@ class _Refinement:
     def _note(self, run: Optional[Run], errors: Optional[np.ndarray], train: Travel, held: Travel) -> None:
         """Write down where things are after a step, or after the search for one that found none (no run)."""
         state, config, rows = self.state, self.config, self.state.history
-        drawn = 0 if self.given else self.noises.evaluations
-        state.evaluations = drawn + train.evaluations + held.evaluations
+        drawn = self._count(train, held)
         if run is not None:
-            figures = EndError.of(errors)
-            rows.append({"evaluations": state.evaluations, "train": float(run.errors.mean()), "held": figures.mean,
-                         "held_median": figures.median})
-            allowed = [row["train"] * config.noises + row["held"] * config.held for row in rows
-                       if row["held"] <= rows[0]["held"]]
-            if len(rows) > 1 and figures.mean <= rows[0]["held"] and allowed[-1] < min(allowed[:-1]):
-                state.after, state.best = list(figures), torch.from_numpy(run.levels)
-        # One noise may decide a mean, and would end the work for no good reason: the median has a say, too.
-        least = max(min(range(len(rows)), key=lambda i: rows[i][name]) for name in ("held", "held_median"))
+            rows.append(dict(evaluations=state.evaluations, train=run.errors.mean().item(), held=errors.mean().item()))
+            levels = self.grids[state.start].values if len(rows) == 1 else run.levels
+            total = float(run.errors.sum() + errors.sum())
+            if len(rows) > 1 and total < state.least_total:
+                state.least, state.least_total = torch.tensor(levels), total
+            if len(rows) == 1 or better(state.errors.numpy(), errors):
+                self._offer(levels, total, errors)
         gains = [1 - after["train"] / max(before["train"], TINY) for before, after in zip(rows, rows[1:])]
+        least = min(range(len(rows)), key=lambda i: rows[i]["held"])
         idle = len(rows) - 1 - least >= config.patience or (len(gains) > 1 and max(gains[-2:]) < config.tolerance)
         limit = max(config.more, config.iterations) if state.evaluations - drawn < config.cheap else config.iterations
         state.finished = state.finished or idle or len(gains) >= limit
         state.finished = state.finished or rows[-1]["train"] <= ENOUGH * rows[0]["train"]
+        self.save()
+
+    def _offer(self, levels: np.ndarray, total: float, errors: np.ndarray) -> bool:
+        """A grid that is allowed, its error over all noises and those held out; whether it is the best so far."""
+        state = self.state
+        if total >= state.best_total:
+            return False
+        state.best, state.best_total, state.after = torch.tensor(levels), total, list(EndError.of(errors))
+        return True
+
+    def _count(self, train: Travel, held: Travel) -> int:
+        """Note the evaluations so far; those of the noises' exact ends, where they are this refinement's own."""
+        drawn = 0 if self.given else self.noises.evaluations
+        self.state.evaluations = drawn + train.evaluations + held.evaluations
+        return drawn
+
+    def _settle(self, train: Travel, held: Travel) -> None:
+        """Where the best of the steps was refused: the best grid between the given one and that."""
+        state, given = self.state, torch.tensor(self.grids[GIVEN].values)
+        refused = state.least_total < np.inf and not torch.equal(state.least, state.best)
+        for share in BETWEEN if refused else ():
+            inner = torch.lerp(given[:-1].log(), state.least[:-1].log(), share).exp()
+            levels = torch.cat([given[:1], inner[1:], given[-1:]])
+            errors = held.run(levels.numpy(), False).errors
+            total = float(train.run(levels.numpy(), False).errors.sum() + errors.sum())
+            allowed = better(state.errors.numpy(), errors)
+            state.share = share if allowed and self._offer(levels.numpy(), total, errors) else state.share
+        state.settled = True
+        self._count(train, held)
         self.save()
 
     def save(self) -> None:

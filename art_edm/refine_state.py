@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import numpy as np
 import torch
 
 from .checkpoint import CheckpointMismatch
 from .files import save_tensors
 from .sensitivity import Noises
 
-__all__ = ["Drawn", "EndError", "RefineConfig", "RefineState", "read_state", "write_state"]
+__all__ = ["Drawn", "EndError", "RefineConfig", "RefineState", "better", "read_state", "write_state"]
+
+HARDLY = 0.01  # of the mean error: what is less counts as this much in a geometric mean
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class RefineConfig:
 
     seed: int = 0
     noises: int = 32  # M, over which the error is minimised
-    held: int = 32  # noises held out, which decide when it ends and whether a grid may be returned
+    held: int = 96  # noises held out, which decide when it ends and whether a grid may be returned
     batch: int = 16  # noises per evaluation
     fine: int = 40  # steps of the reference solution
     fine_solver: str = "rk4"
@@ -31,7 +36,7 @@ class RefineConfig:
     step: float = 0.005  # of differences, relative to the smaller gap beside a level
     damping: float = 1.0  # of the first step, relative to the curvature
     tolerance: float = 1e-3  # two iterations in a row that gain less, relatively, end it
-    patience: int = 3  # so many iterations without a gain on the noises held out, in mean or median, end it
+    patience: int = 3  # so many iterations without a gain on the noises held out end it
 
 
 class EndError(NamedTuple):
@@ -49,6 +54,14 @@ class EndError(NamedTuple):
         return cls(float(errors.mean()), spread / len(errors) ** 0.5, middle)
 
 
+def better(before: np.ndarray, after: np.ndarray, slack: float = 0.0) -> bool:
+    """Whether errors [M] are less in mean and geometric mean, and in the mean square not more than by `slack`."""
+    least = HARDLY * before.mean() + TINY
+    logarithm = lambda errors: np.log(np.maximum(errors, least)).mean()
+    squares = np.square(after).mean() <= (1 + slack) * np.square(before).mean()
+    return bool(after.mean() < before.mean() and logarithm(after) < logarithm(before) and squares)
+
+
 class Drawn(NamedTuple):
     """Noises to minimise over, noises held out, and the evaluations that solving their paths took."""
 
@@ -63,16 +76,23 @@ class RefineState:
 
     q: torch.Tensor  # of the last grid that was accepted, [K - 1]
     best: torch.Tensor  # levels of the grid to return, [K + 1]
+    least: torch.Tensor  # levels after the step of least error over all noises, allowed or not, [K + 1]
+    errors: torch.Tensor  # of the given grid over the noises held out, [held]
     secant: torch.Tensor  # S, [K - 1, K - 1]
     step: torch.Tensor  # the last one in q, [K - 1]; zero before there is one
     gradient: torch.Tensor  # before that step, [K - 1]
     damping: float
-    before: List[float] = field(default_factory=list)  # EndError of the start
+    best_total: float = math.inf  # error of `best`, summed over all noises
+    least_total: float = math.inf  # of `least`
+    start: str = ""  # name of the grid to start from
+    share: float = 1.0  # of the way to `least`, where it was refused
+    before: List[float] = field(default_factory=list)  # EndError of the given grid
     after: List[float] = field(default_factory=list)  # of `best`
     history: List[Dict[str, float]] = field(default_factory=list)
     evaluations: int = 0
     seconds: float = 0.0
-    finished: bool = False
+    finished: bool = False  # with the iterations
+    settled: bool = False  # what to return
 
 
 def write_state(path: Path, state: RefineState, drawn: Optional[Drawn], settings: Dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from art_edm.analytic import MixtureDenoiser
+from art_edm.analytic import EmpiricalDenoiser, MixtureDenoiser
 from art_edm.denoiser import Denoiser
 from art_edm.distributed import World
 from art_edm.grid import Grid, edm_unpinned
@@ -18,6 +18,13 @@ def mixture() -> MixtureDenoiser:
     generator = torch.Generator().manual_seed(3)
     means = 0.5 * torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
     return MixtureDenoiser([0.5, 0.3, 0.2], means, [0.3, 0.4, 0.6], sigma_min=0.01, sigma_max=20.0)
+
+
+def clusters() -> EmpiricalDenoiser:
+    """Clusters of images of 16 pixels: paths jump to one of them, and end-point errors have heavy tails."""
+    generator = torch.Generator().manual_seed(1)
+    centres, near = (torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64) for n in (10, 40))
+    return EmpiricalDenoiser((centres.repeat(4, 1, 1, 1) + 0.4 * near).clamp(-1, 1))
 
 
 def start(num_steps: int = 5) -> Grid:

@@ -22,7 +22,6 @@ from art_edm.growth import (
     STEPS,
     Growth,
     _density,
-    better,
     choose_growth,
     measure_growth,
     optimum_of,
@@ -30,6 +29,7 @@ from art_edm.growth import (
 )
 from art_edm.loading import load_network
 from art_edm.refine import RefineConfig
+from art_edm.refine_state import better
 from art_edm.sensitivity import Noises, Travel
 from art_edm.solvers import SOLVERS, integrate, slope_of
 from art_edm.training import train
@@ -154,8 +154,14 @@ def test_what_was_measured_is_taken_where_it_serves_the_solver_best():
 def test_few_noises_decide_nothing(factor, taken):
     """Errors of the plain grid, the last of them four times as large, and the same times `factor`."""
     before = np.append(np.full(15, 1.0), 4.0 if factor[-1] < 1 else 2.0)
-    assert better(before, before * factor) == taken
+    assert better(before, before * factor, 0.02) == taken
     assert taken or factor[0] == factor[-1] or before.mean() > (before * factor).mean()
+
+
+def test_the_mean_square_may_rise_by_the_slack_alone():
+    before, after = np.full(16, 1.0), np.append(np.full(15, 0.7), 2.95)
+    assert after.mean() < 1 and 1.0 < np.square(after).mean() < 1.01
+    assert better(before, after, 0.02) and not better(before, after)
 
 
 def test_a_measured_density_that_serves_few_noises_is_left(monkeypatch):
@@ -166,7 +172,7 @@ def test_a_measured_density_that_serves_few_noises_is_left(monkeypatch):
     assert choose().error_measured.mean < choose().error_before.mean
     monkeypatch.setattr(growth_module, "_search", lambda error: None)  # no beta in its way
     assert choose().beta is None
-    monkeypatch.setattr(growth_module, "better", lambda before, after: False)
+    monkeypatch.setattr(growth_module, "better", lambda *errors: False)
     assert choose().beta == 0.0 and choose().grid == plain
 
 

@@ -20,7 +20,7 @@ LAYERS: Dict[int, str] = {
     4: "actor_critic distill loading refine_state stochastic",
     5: "training detectors plots image_fields exact_ends benchmarks_networks",
     6: "cli feature_stats tables learned benchmarks refine growth",
-    7: "report tallies result_plots endpoint",
+    7: "report tallies result_plots endpoint refined",
     8: "experiment grid_choice",
     9: "scores comparison",
     10: "fid_commands laboratory",

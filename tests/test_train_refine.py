@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from art_edm import sensitivity
+from art_edm import sensitivity, training
 from art_edm.grid import load_grid
 from art_edm.loading import load_network
 from art_edm.solvers import sample
@@ -52,6 +52,43 @@ def test_the_refined_grid_is_better_for_its_solver(run, solver):
     assert record["evaluations_by_stage"]["refine"] == refined["evaluations"] > 0
     assert record["evaluations"] == sum(record["evaluations_by_stage"].values())
     assert sorted(os.listdir()) == ["plain.json", "plain.npy", "refined.json", "refined.npy"]  # no state is left
+
+
+def test_it_may_start_from_the_clock_of_the_solver_s_own_errors(run):
+    """Heun in three steps on Gaussian data; the other clock is learned once, counted, and leaves no state."""
+    result = run(*DIRECT, "--steps=3,4", "--out=g{steps}.npy", "--refine")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(Path("g3.json").read_text())
+    assert record["refined"]["start"] == "own local errors"
+    stages = record["evaluations_by_stage"]
+    own = run(*DIRECT, "--steps=3", "--out=own.npy", "--objective=solver", "--trajectories=24")
+    assert own.exit_code == 0
+    assert stages["start"] == json.loads(Path("own.json").read_text())["evaluations_by_stage"]["profile"] > 0
+    assert record["evaluations"] == sum(stages.values())
+    assert not [name for name in os.listdir() if "ckpt" in name]
+    again = run(*DIRECT, "--steps=3", "--out=own.npy", "--objective=solver", "--refine")
+    record = json.loads(Path("own.json").read_text())
+    assert again.exit_code == 0 and record["refined"]["start"] == "given"
+    assert "start" not in record["evaluations_by_stage"]
+
+
+def test_what_was_learned_survives_a_stop_in_the_other_clock(run, monkeypatch):
+    options = ("--network=gaussian:0.5", "--method=direct", "--steps=3", "--refine", "--quiet")
+    assert run(*options, "--out=whole.npy").exit_code == 0
+    original = training.measure_errors
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "measure_errors", interrupted)
+        result = run(*options, "--out=g.npy")
+    assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
+    assert "g.ckpt" in os.listdir()
+    assert run(*options, "--out=g.npy", "--resume").exit_code == 0
+    assert Path("g.npy").read_bytes() == Path("whole.npy").read_bytes()
+    assert sorted(os.listdir()) == ["g.json", "g.npy", "whole.json", "whole.npy"]
 
 
 def test_several_share_their_noises_and_say_what_was_gained(run):

@@ -131,7 +131,7 @@ def main(
             nfe(solver, 1)
             if refine or objective == "endpoint":
                 check_refinable(loaded.denoiser, solver)
-        job = Job(loaded, load_seconds, resume, plot, quiet, here, solver, objective == "endpoint", refine)
+        job = Job(loaded, load_seconds, resume, plot, quiet, here, solver, objective, refine)
         if preset == "paper":  # the paper learns every number of steps by itself
             for k, path in paths.items():
                 one(job, replace(config, train_steps=k), {k: path})
@@ -149,7 +149,7 @@ class Job(NamedTuple):
     quiet: bool
     world: Any
     solver: str  # of the two that follow
-    weigh: bool  # for the end-point objective
+    objective: str
     refine: bool
 
 
@@ -157,6 +157,7 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     """One run, its grids, and what it has to say."""
     from art_edm.denoiser import NonFiniteOutput
     from art_edm.progress import Stopped
+    from art_edm.refined import start_state
     from art_edm.training import train
 
     network, checkpoint = job.network, next(iter(paths.values())).with_suffix(".ckpt")
@@ -174,7 +175,8 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     with job.world.phase():
         if job.world.rank == 0:
             finish(job, config, result, paths, grids, told)
-            for path in (checkpoint, *map(refinement_state, paths.values())):
+            states = [refinement_state(path) for path in paths.values()]
+            for path in (checkpoint, *states, start_state(states[0])):
                 path.unlink(missing_ok=True)
 
 
@@ -203,40 +205,37 @@ def through_solver(
 ) -> Dict[int, Dict[str, Any]]:
     """Weigh and refine the grids, where asked for, in place; what there is to tell of each K.
 
-    All share the noises. What they cost becomes stages of the `result`.
+    What they cost becomes stages of the `result`.
     """
     from dataclasses import replace
 
     from art_edm.devices import with_back_off
-    from art_edm.endpoint import end_point_grids
+    from art_edm.endpoint import CHOOSE, draw_noises, end_point_grids
     from art_edm.growth import optimum_of
-    from art_edm.refine import RefineConfig, draw_noises, refine
+    from art_edm.refined import RefineConfig, refined_grids
 
     told: Dict[int, Dict[str, Any]] = {k: {} for k in grids}
-    config, denoiser, noises = RefineConfig(seed=seed), job.network.denoiser, None
+    denoiser, common = job.network.denoiser, (job.quiet, job.world)
 
     def count(stage: str, began: float, evaluations: int) -> None:
         result.evaluations[stage] = result.evaluations.get(stage, 0) + evaluations
         result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - began
 
-    if job.weigh or (job.refine and len(grids) > 1):
-        began = time.perf_counter()
-        first = next(iter(grids.values())).sigma_max
-        draw = lambda batch: draw_noises(denoiser, replace(config, batch=batch), first, job.quiet, job.world)
+    if job.objective == "endpoint":
+        began, config, first = time.perf_counter(), replace(CHOOSE, seed=seed), next(iter(grids.values())).sigma_max
+        draw = lambda batch: draw_noises(denoiser, replace(config, batch=batch), first, *common)
         noises = with_back_off(draw, config.batch, denoiser.device)
         count("ends", began, noises.evaluations)
-    if job.weigh:
         sigma_of = result.learned.sigma if result.learned else optimum_of(result.profile)
-        found = end_point_grids(denoiser, sigma_of, grids, job.solver, config, noises, count, job.quiet, job.world)
+        found = end_point_grids(denoiser, sigma_of, grids, job.solver, config, noises, count, *common)
         for k, one in found.items():
             grids[k], told[k]["weighted"] = one.grid, one.record()
     if job.refine:
-        began = time.perf_counter()
-        for k, grid in grids.items():
-            found = refine(denoiser, grid, job.solver, config, job.network.identity, refinement_state(paths[k]),
-                           job.resume, job.quiet, job.world, noises)
-            grids[k], told[k]["refined"] = found.grid, found.record()
-        count("refine", began, sum(each["refined"]["evaluations"] for each in told.values()))
+        states = {k: refinement_state(path) for k, path in paths.items()}
+        found = refined_grids(denoiser, grids, job.solver, RefineConfig(seed=seed), count, job.network.identity, states,
+                              job.resume, *common, own_clock=job.objective != "solver")
+        for k, one in found.items():
+            grids[k], told[k]["refined"] = one.grid, one.record()
     return told
 
 

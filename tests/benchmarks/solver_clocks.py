@@ -19,7 +19,7 @@ import torch
 from art_edm.cells import Cells
 from art_edm.cli import command_line
 from art_edm.config import TrainConfig
-from art_edm.endpoint import confirm, draw_apart
+from art_edm.endpoint import CHOOSE, confirm, draw_apart
 from art_edm.exact_ends import draw_noises
 from art_edm.field import rms
 from art_edm.files import write_json
@@ -30,6 +30,7 @@ from art_edm.loading import Network, load_network
 from art_edm.profile import Profile
 from art_edm.refine import RefineConfig, refine
 from art_edm.refine_state import Drawn
+from art_edm.refined import starts
 from art_edm.solvers import fitted, nfe, sample
 from art_edm.training import train
 
@@ -38,6 +39,7 @@ RULES = ("edm", "art", "own", "endpoint", "refined")
 FINE = 60  # steps of RK4 on EDM's rule, whose last step is short: the judges' exact paths
 SEED = 1000  # of the judges' noises
 CONFIG = RefineConfig()
+METHODS = {"endpoint": 5, "refined": 8}  # one more whenever a rule's grids change
 
 
 class Bench:
@@ -47,7 +49,7 @@ class Bench:
         self.seed = seed
         self.network, self.denoiser, self.noises, self.cells = network, network.denoiser, noises, cells
         self.profiles: Dict[Optional[str], Profile] = {}
-        self.drawn: Optional[Drawn] = None
+        self.drawn: Dict[RefineConfig, Drawn] = {}
         self.apart: Optional[Drawn] = None
         self.growths: Dict[str, Growth] = {}
         generator = torch.Generator().manual_seed(seed)
@@ -78,6 +80,12 @@ class Bench:
         """The optimum of a profile."""
         return fitted(self.denoiser, self.profile(solver).direct(steps))
 
+    def drawn_of(self, config: RefineConfig) -> Drawn:
+        """The noises of the rules that sample."""
+        if config not in self.drawn:
+            self.drawn[config] = draw_noises(self.denoiser, config, self.denoiser.sigma_max)
+        return self.drawn[config]
+
     def grid(self, rule: str, solver: str, steps: int) -> Tuple[Grid, Dict[str, float]]:
         """The grid, and what it cost beyond the profile."""
         denoiser = self.denoiser
@@ -85,28 +93,28 @@ class Bench:
             return self.rule(steps), {}
         if rule in ("art", "own"):
             return self.plain(steps, solver if rule == "own" else None), {}
-        if self.drawn is None:
-            self.drawn = draw_noises(denoiser, CONFIG, denoiser.sigma_max)
         plain = self.plain(steps)
         if rule == "endpoint":
-            clock = optimum_of(self.profile())
+            clock, drawn = optimum_of(self.profile()), self.drawn_of(CHOOSE)
             if solver not in self.growths:
-                self.growths[solver] = measure_growth(denoiser, clock, solver, self.drawn, CONFIG.batch)
+                self.growths[solver] = measure_growth(denoiser, clock, solver, drawn, CHOOSE.batch)
             growth = self.growths[solver]
-            found = choose_growth(denoiser, clock, plain, solver, self.drawn, CONFIG.batch, growth=growth)
+            found = choose_growth(denoiser, clock, plain, solver, drawn, CHOOSE.batch, growth=growth)
             if found.beta != 0:
-                self.apart = self.apart or draw_apart(denoiser, CONFIG, denoiser.sigma_max)
-                found = confirm(denoiser, found, plain, self.apart, CONFIG.batch)
+                self.apart = self.apart or draw_apart(denoiser, CHOOSE, denoiser.sigma_max)
+                found = confirm(denoiser, found, plain, self.apart, CHOOSE.batch)
             beta = float("nan") if found.beta is None else found.beta
             return found.grid, {"beta": beta, "evaluations": found.evaluations, "growth": growth.evaluations}
-        found = refine(denoiser, plain, solver, CONFIG, noises=self.drawn)
-        return found.grid, {"evaluations": found.evaluations}
+        others = starts(denoiser, self.profile(solver), steps)
+        refined = refine(denoiser, plain, solver, CONFIG, noises=self.drawn_of(CONFIG), others=others)
+        return refined.grid, {
+            "evaluations": refined.evaluations, "share": refined.share, "other": refined.start in others}
 
     def cell(self, rule: str, solver: str, steps: int) -> Dict[str, Any]:
         """RMS over noises, its standard error, median, and each noise's error."""
         what = {**self._what(), "rule": rule, "solver": solver, "steps": steps}
-        if rule == "endpoint":
-            what["method"] = 5
+        if rule in METHODS:
+            what["method"] = METHODS[rule]
         known = self.cells.load(what)
         if known is None:
             grid, more = self.grid(rule, solver, steps)
@@ -116,7 +124,8 @@ class Bench:
         errors = known["errors"]
         total = float(np.sqrt(np.square(errors).mean()))
         stderr = float(np.square(errors).std(ddof=1) / len(errors) ** 0.5 / (2 * total)) if total else 0.0
-        more = {name: float(known[name]) for name in ("beta", "evaluations", "growth") if name in known}
+        further = ("beta", "evaluations", "growth", "share", "other")
+        more = {name: float(known[name]) for name in further if name in known}
         if more.get("beta", 0) != more.get("beta", 0):
             more["beta"] = None  # measured
 

@@ -1,0 +1,173 @@
+"""Where a refinement begins, and what it returns where noises held out refuse its best step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from refine_fields import SHORT, clusters, mixture, start
+
+from art_edm import refine as refine_module
+from art_edm.analytic import GaussianDenoiser
+from art_edm.clock import GaussianClock
+from art_edm.config import TrainConfig
+from art_edm.field import rms
+from art_edm.grid import Grid
+from art_edm.growth import weighted
+from art_edm.refine import draw_noises, refine
+from art_edm.refine_state import RefineConfig, better
+from art_edm.refined import OWN, refined_grids, start_state, starts
+from art_edm.sensitivity import Travel
+from art_edm.solvers import sample
+from art_edm.training import train
+
+TOP = 80.0
+CLOCK = GaussianClock(TOP, 0.5)
+TAILS = replace(SHORT, noises=8, held=24, batch=8, iterations=8)
+
+
+def grid_of(num_steps: int, beta: float = 0.0) -> Grid:
+    return weighted(CLOCK.sigma, beta, 0.5, num_steps)
+
+
+def errors_of(model, grid, noises, solver) -> np.ndarray:
+    """RMS errors [M] by sampling, not by `Travel`."""
+    return rms(sample(model, noises.latents, grid, solver) - noises.ends).numpy()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return clusters()
+
+
+def test_it_begins_with_the_best_of_the_grids_it_is_given():
+    model, config = mixture(), replace(SHORT, iterations=1, more=0)
+    first = start()
+    near = refine(model, first, "heun", SHORT).grid
+    worse = Grid(np.append(np.geomspace(20.0, 0.001, 5), 0.0))
+    drawn = draw_noises(model, config, 20.0)
+    result = refine(model, first, "heun", config, noises=drawn, others={"worse": worse, "near": near})
+    total = {name: sum(errors_of(model, grid, part, "heun").sum() for part in drawn[:2])
+             for name, grid in {"given": first, "worse": worse, "near": near}.items()}
+    assert result.start == min(total, key=total.get) == "near" and max(total, key=total.get) == "worse"
+    assert result.history[0]["held"] == pytest.approx(errors_of(model, near, drawn.held, "heun").mean(), rel=1e-9)
+    assert result.error_before.mean == pytest.approx(errors_of(model, first, drawn.held, "heun").mean(), rel=1e-9)
+    assert result.record()["start"] == "near"
+    alone = refine(model, first, "heun", config, noises=drawn, others={"worse": worse})
+    assert alone.start == "given" and alone.grid == refine(model, first, "heun", config, noises=drawn).grid
+    runs = 10 * 9  # of all noises over five steps
+    assert alone.evaluations - refine(model, first, "heun", config, noises=drawn).evaluations == runs
+
+
+def test_noises_held_out_may_refuse_a_start(monkeypatch):
+    """The better start over all noises, of which those held out are at their best on the given grid."""
+    model, first = mixture(), start()
+    near, drawn = refine(model, first, "heun", SHORT).grid, draw_noises(model, SHORT, 20.0)
+    ends = sample(model, drawn.held.latents, first, "heun")
+    shifted = drawn._replace(held=drawn.held._replace(ends=ends + 0.01 * (ends - drawn.held.ends)))
+    go = lambda: refine(model, first, "heun", SHORT, noises=shifted, others={"near": near})
+    errors = {grid: [errors_of(model, grid, part, "heun") for part in shifted[:2]] for grid in (first, near)}
+    assert errors[near][1].mean() > errors[first][1].mean()
+    result = go()
+    assert result.start == "given" and result.error_after.mean <= result.error_before.mean
+    monkeypatch.setattr(refine_module, "better", lambda before, after: True)  # a twin that does not ask them
+    least = min((first, near), key=lambda grid: sum(each.sum() for each in errors[grid]))
+    assert go().start == ("near" if least is near else "given") == "near"
+
+
+def test_a_grid_between_is_returned_where_the_best_step_is_refused(images, monkeypatch):
+    """Few paths that end on another image outweigh what most gain: half the way may be better for all."""
+    given, config = grid_of(3), replace(TAILS, seed=4)
+    drawn = draw_noises(images, config, TOP)
+    result = refine(images, given, "dpmpp2m", config, noises=drawn)
+    assert result.share in refine_module.BETWEEN
+    before, after = (errors_of(images, grid, drawn.held, "dpmpp2m") for grid in (given, result.grid))
+    assert better(before, after) and tuple(result.error_after)[0] == pytest.approx(after.mean(), rel=1e-9)
+    with monkeypatch.context() as patch:
+        patch.setattr(refine_module, "BETWEEN", ())
+        assert refine(images, given, "dpmpp2m", config, noises=drawn).grid == given
+    monkeypatch.setattr(refine_module, "better", lambda before, after: after.mean() <= before.mean())
+    careless = refine(images, given, "dpmpp2m", config, noises=drawn)  # the step itself
+    assert careless.share == 1 and not better(before, errors_of(images, careless.grid, drawn.held, "dpmpp2m"))
+    step, found = (np.log(grid.values[1:-1] / given.values[1:-1]) for grid in (careless.grid, result.grid))
+    assert found / step == pytest.approx(result.share, rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp2m", "ipndm"])
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_returned_that_noises_held_out_find_worse(images, solver, seed):
+    given, config = grid_of(4), replace(TAILS, seed=seed)
+    drawn = draw_noises(images, config, TOP)
+    result = refine(images, given, solver, config, noises=drawn, others={"other": grid_of(4, 0.5)})
+    before, after = (errors_of(images, grid, drawn.held, solver) for grid in (given, result.grid))
+    assert result.grid == given or better(before, after)
+    assert result.error_after.mean == pytest.approx(after.mean(), rel=1e-9)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_kill_while_it_looks_between_loses_nothing(images, tmp_path, monkeypatch):
+    config, original, settled = replace(TAILS, seed=4), refine_module._Refinement._settle, []
+    go = lambda **more: refine(images, grid_of(3), "dpmpp2m", config, others={"other": grid_of(3, 1.0)}, **more)
+    whole = go()
+
+    def kill(self, *arguments):
+        settled.append(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Travel, "run", lambda *a: (_ for _ in ()).throw(Killed()))
+            original(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(refine_module._Refinement, "_settle", kill)
+        go(checkpoint=tmp_path / "state")
+    again = go(checkpoint=tmp_path / "state", resume=True)
+    assert settled and again.grid.values.tobytes() == whole.grid.values.tobytes() and whole.share < 1
+    assert (again.share, again.start, again.evaluations) == (whole.share, whole.start, whole.evaluations)
+    before = images.evaluations
+    assert go(checkpoint=tmp_path / "state", resume=True).grid == whole.grid and images.evaluations == before
+
+
+def test_a_start_of_another_kind_is_refused():
+    for other in (start(4), Grid([10.0, 3.0, 1.0, 0.3, 0.1, 0.0])):
+        with pytest.raises(ValueError, match="in the grid other, expected 5 from 20, .* leave it out"):
+            refine(mixture(), start(), "heun", SHORT, others={"other": other})
+
+
+class High(GaussianDenoiser):
+    sigma_limits = (0.4, TOP)
+
+
+def test_the_other_clock_is_that_of_the_solver_s_own_errors(tmp_path):
+    """Measured once for all K, counted, kept for a run that is resumed."""
+    model, costs = GaussianDenoiser(0.0, 0.25, (1, 2, 2), sigma_max=TOP), []
+    config = RefineConfig(noises=4, held=4, batch=8, iterations=2, more=0)
+    count = lambda stage, began, evaluations: costs.append((stage, evaluations))
+    states = {k: tmp_path / f"{k}.ckpt" for k in (3, 5)}
+    grids = {k: grid_of(k) for k in states}
+    before = model.evaluations
+    found = refined_grids(model, grids, "heun", config, count, "it", states)
+    assert sum(evaluations for _, evaluations in costs) == model.evaluations - before
+    assert [stage for stage, _ in costs] == ["start", "ends", "refine", "refine"]
+    own = train(model, TrainConfig(method="direct", solver="heun")).profile
+    noises = draw_noises(model, config, TOP)
+    for k, grid in grids.items():
+        other = starts(model, own, k)
+        np.testing.assert_allclose(other[OWN].values, own.direct(k).values)
+        alone = refine(model, grid, "heun", config, noises=noises, others=other)
+        assert found[k].grid == alone.grid and found[k].start == alone.start
+    assert {found[3].start, refine(model, grids[3], "heun", config, noises=noises).start} == {OWN, "given"}
+    assert sorted(os.listdir(tmp_path)) == ["3.ckpt", "3.ckpt.start", "5.ckpt"]
+    assert start_state(states[3]).name == "3.ckpt.start"
+    before = model.evaluations
+    again = refined_grids(model, grids, "heun", config, count, "it", states, resume=True)
+    assert model.evaluations - before == noises.evaluations  # several K share them, and they are drawn again
+    assert all(again[k].grid == found[k].grid for k in grids)
+    plain = refined_grids(model, {3: grids[3]}, "heun", config, count, own_clock=False)
+    assert plain[3].start == "given" and costs[-1][0] == "refine" and costs[-2][0] == "refine"
+    assert starts(High(0.0, 0.25, (1, 2, 2), sigma_max=TOP), own, 18) == {}  # no such low levels
+    assert torch.equal(torch.tensor(starts(model, own, 1)[OWN].values), torch.tensor([TOP, 0.0], dtype=torch.float64))
