@@ -8,7 +8,7 @@ have many minima, and other grids may be nearer to a lower one: it begins with t
 Only steps that lower the error are taken. Noises held out of all this, three times as many, decide when it ends,
 and that no grid is returned which they do not find better than the given one: in mean and geometric mean, and not
 worse in the mean square, which few paths that end on another image can decide. Among the others it is the least mean
-error over all noises that counts. Where the best of the steps is refused, they are asked about grids between the
+error over all noises that counts. Where the best of the steps is not taken, they are asked about grids between the
 given one and that, too. A run that is resumed gives the bytes of an uninterrupted one.
 """
 
@@ -38,7 +38,7 @@ GIVEN = "given"
 TRIALS = 7  # of one search
 TINY = 1e-300
 ENOUGH = 1e-4  # error over that of the start: nothing is gained below, the reference is not better
-BETWEEN = (0.75, 0.5, 0.25)  # shares of the way to a grid that is refused
+BETWEEN = (0.75, 0.5, 0.25)  # shares of the way to a grid that is not taken
 DEFAULT = RefineConfig()
 
 
@@ -48,7 +48,7 @@ class RefineResult:
 
     grid: Grid
     start: str  # where it began: "given", or the name of another grid
-    share: float  # of the way from the given grid to a step that was refused, in log sigma; 1 unless `grid` is there
+    share: float  # of the way from the given grid to a step not taken, in log sigma; 1 unless `grid` is there
     error_before: EndError  # of the given grid
     error_after: EndError  # of `grid`, in the mean never above; it was among what chose the grid, so a little too good
     history: List[Dict[str, float]]  # evaluations, and errors `train` and `held`, from the start on
@@ -70,7 +70,7 @@ def refine(
     """Move the inner levels of `grid` to where `solver` ends nearest to the exact solution.
 
     Args:
-        grid: where to start, such as ART's; its number of steps and its first level stay.
+        grid: such as ART's, to start from and never be worse than; its number of steps and its first level stay.
         solver: a name in `solvers.SOLVERS`.
         identity: what the denoiser is (name and hash); a checkpoint of another one is refused.
         checkpoint: file for the state, rewritten after every iteration; None keeps nothing.
@@ -86,6 +86,8 @@ def refine(
         ValueError: a model of discrete noise levels, an unknown solver, a grid the model does not support, or
             settings out of range.
     """
+    if GIVEN in others:
+        raise ValueError(f"found another grid of the name {GIVEN!r}, which is that of `grid`; use another name")
     grids = {GIVEN: grid, **others}
     _check(denoiser, grids, solver, config)
     job = _Refinement(denoiser, grids, solver, config, identity, checkpoint, quiet, world)
@@ -157,13 +159,14 @@ class _Refinement:
         state = self.state
         if self.noises is None:
             self.noises = draw(self.denoiser, self.config, self.first, self.quiet, self.world, stop)
+            state.drawn, state.evaluations = self.noises.evaluations, state.evaluations + self.noises.evaluations
             self.save()
         with teller(self.denoiser, "refining, images", self._expected(), self.quiet, self.world, stop) as tell:
             batch, world = self.config.batch, self.world
             train, held = (Travel(self.denoiser, self.solver, part, batch, tell, world) for part in self.noises[:2])
             if state.history:
                 run = None if state.finished else train.run(self._levels(state.q))  # counted when it was accepted
-                train.evaluations = state.evaluations - (0 if self.given else self.noises.evaluations)
+                train.evaluations = state.evaluations - state.drawn
             else:
                 run = self._begin(train, held)
             while not state.finished:
@@ -214,7 +217,7 @@ class _Refinement:
             state.finished = True
             self._note(None, None, train, held)
             return run
-        errors = held.run(after.levels).errors
+        errors = held.run(after.levels, False).errors
         state.gradient = torch.from_numpy(gradient)
         self._note(after, errors, train, held)
         return after
@@ -240,7 +243,7 @@ class _Refinement:
     def _note(self, run: Optional[Run], errors: Optional[np.ndarray], train: Travel, held: Travel) -> None:
         """Write down where things are after a step, or after the search for one that found none (no run)."""
         state, config, rows = self.state, self.config, self.state.history
-        drawn = self._count(train, held)
+        state.evaluations = state.drawn + train.evaluations + held.evaluations
         if run is not None:
             rows.append(dict(evaluations=state.evaluations, train=run.errors.mean().item(), held=errors.mean().item()))
             levels = self.grids[state.start].values if len(rows) == 1 else run.levels
@@ -252,7 +255,8 @@ class _Refinement:
         gains = [1 - after["train"] / max(before["train"], TINY) for before, after in zip(rows, rows[1:])]
         least = min(range(len(rows)), key=lambda i: rows[i]["held"])
         idle = len(rows) - 1 - least >= config.patience or (len(gains) > 1 and max(gains[-2:]) < config.tolerance)
-        limit = max(config.more, config.iterations) if state.evaluations - drawn < config.cheap else config.iterations
+        cheap = state.evaluations - state.drawn < config.cheap
+        limit = max(config.more, config.iterations) if cheap else config.iterations
         state.finished = state.finished or idle or len(gains) >= limit
         state.finished = state.finished or rows[-1]["train"] <= ENOUGH * rows[0]["train"]
         self.save()
@@ -265,17 +269,11 @@ class _Refinement:
         state.best, state.best_total, state.after = torch.tensor(levels), total, list(EndError.of(errors))
         return True
 
-    def _count(self, train: Travel, held: Travel) -> int:
-        """Note the evaluations so far; those of the noises' exact ends, where they are this refinement's own."""
-        drawn = 0 if self.given else self.noises.evaluations
-        self.state.evaluations = drawn + train.evaluations + held.evaluations
-        return drawn
-
     def _settle(self, train: Travel, held: Travel) -> None:
-        """Where the best of the steps was refused: the best grid between the given one and that."""
+        """Where the best of the steps was not taken: the best grid between the given one and that, if it is better."""
         state, given = self.state, torch.tensor(self.grids[GIVEN].values)
-        refused = state.least_total < np.inf and not torch.equal(state.least, state.best)
-        for share in BETWEEN if refused else ():
+        left = state.least_total < np.inf and not torch.equal(state.least, state.best)
+        for share in BETWEEN if left else ():
             inner = torch.lerp(given[:-1].log(), state.least[:-1].log(), share).exp()
             levels = torch.cat([given[:1], inner[1:], given[-1:]])
             errors = held.run(levels.numpy(), False).errors
@@ -283,7 +281,7 @@ class _Refinement:
             allowed = better(state.errors.numpy(), errors)
             state.share = share if allowed and self._offer(levels.numpy(), total, errors) else state.share
         state.settled = True
-        self._count(train, held)
+        state.evaluations = state.drawn + train.evaluations + held.evaluations
         self.save()
 
     def save(self) -> None:

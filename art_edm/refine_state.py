@@ -84,8 +84,9 @@ class RefineState:
     damping: float
     best_total: float = math.inf  # error of `best`, summed over all noises
     least_total: float = math.inf  # of `least`
+    drawn: int = 0  # of `evaluations`, for the exact ends of its own noises
     start: str = ""  # name of the grid to start from
-    share: float = 1.0  # of the way to `least`, where it was refused
+    share: float = 1.0  # of the way to `least`, where it was not taken
     before: List[float] = field(default_factory=list)  # EndError of the given grid
     after: List[float] = field(default_factory=list)  # of `best`
     history: List[Dict[str, float]] = field(default_factory=list)

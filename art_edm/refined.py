@@ -1,7 +1,8 @@
 """`--refine` as a whole: the grids of several K share their noises, and the clocks from which they may start.
 
 The optimal clock of the solver's own local errors is often worse than ART's, but may be near a lower minimum: Heun's
-method gains a fifth by it on networks. It costs about as much as ART's profile, and serves every K.
+method gains a sixth by it on networks. It costs one to three times ART's profile, RK4's up to eleven times, and one
+serves every K of a run.
 """
 
 from __future__ import annotations

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from refine_fields import SHORT, clusters, mixture, start
+from refine_fields import SHORT, Threads, clusters, mixture, start
+from torch.distributed import HashStore
 
 from art_edm import refine as refine_module
 from art_edm.analytic import GaussianDenoiser
 from art_edm.clock import GaussianClock
 from art_edm.config import TrainConfig
+from art_edm.distributed import ALONE
 from art_edm.field import rms
 from art_edm.grid import Grid
 from art_edm.growth import weighted
@@ -27,6 +31,10 @@ from art_edm.training import train
 TOP = 80.0
 CLOCK = GaussianClock(TOP, 0.5)
 TAILS = replace(SHORT, noises=8, held=24, batch=8, iterations=8)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
 
 
 def grid_of(num_steps: int, beta: float = 0.0) -> Grid:
@@ -96,6 +104,61 @@ def test_a_grid_between_is_returned_where_the_best_step_is_refused(images, monke
     assert found / step == pytest.approx(result.share, rel=1e-6)
 
 
+def test_between_is_between_the_given_grid_and_the_best_step(images, monkeypatch):
+    """Also where another grid was the start; and the best of the three shares is taken, not the first."""
+    given, config, asked = grid_of(3), replace(TAILS, seed=4), []
+    drawn, original = draw_noises(images, config, TOP), refine_module._Refinement._settle
+
+    def settle(self, train, held):
+        asked.append((self.state.least.numpy(), self.state.best_total, held))
+        original(self, train, held)
+
+    monkeypatch.setattr(refine_module._Refinement, "_settle", settle)
+    result = refine(images, given, "dpmpp2m", config, noises=drawn, others={"other": grid_of(3, 0.3)})
+    assert result.start == "other" and result.share < 1
+    (least, before, _), top = asked[0], given.values[0]
+    inner = lambda share: np.exp((1 - share) * np.log(given.values[1:-1]) + share * np.log(least[1:-1]))
+    found = {share: Grid([top, *inner(share), 0.0]) for share in refine_module.BETWEEN}
+    np.testing.assert_allclose(result.grid.values, found[result.share].values, rtol=1e-9)
+    errors = {share: [errors_of(images, grid, part, "dpmpp2m") for part in drawn[:2]] for share, grid in found.items()}
+    first = errors_of(images, given, drawn.held, "dpmpp2m")
+    total = {share: a.sum() + b.sum() for share, (a, b) in errors.items() if better(first, b)}
+    assert result.share == min(total, key=total.get) and total[result.share] < before
+
+
+def test_counts_hold_when_noises_are_shared_only_before_or_after_a_stop(tmp_path):
+    """Exact ends count in the run that draws them, whatever the other run was given."""
+    model, state = mixture(), tmp_path / "state"
+    drawn = draw_noises(model, SHORT, 20.0)
+    whole, given = refine(model, start(), "heun", SHORT), refine(model, start(), "heun", SHORT, noises=drawn)
+    assert whole.evaluations - given.evaluations == drawn.evaluations and whole.grid == given.grid
+    for first, second, expected in ((None, drawn, whole), (drawn, None, whole), (drawn, drawn, given)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(refine_module._Refinement, "_settle", lambda *a: (_ for _ in ()).throw(Killed()))
+            refine(model, start(), "heun", SHORT, checkpoint=state, noises=first)
+        before = model.evaluations
+        again = refine(model, start(), "heun", SHORT, checkpoint=state, noises=second, resume=True)
+        assert (again.evaluations, again.grid) == (expected.evaluations, whole.grid)
+        assert model.evaluations - before == (drawn.evaluations if (first, second) == (drawn, None) else 0)
+        state.unlink()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_the_starts_and_what_lies_between(images, size):
+    config, seeded = replace(TAILS, seed=4), RefineConfig(seed=3, noises=4, held=4, batch=2, iterations=2, more=0)
+
+    def work(world):
+        result = refine(clusters(), grid_of(3), "dpmpp2m", config, world=world, others={"other": grid_of(3, 0.3)})
+        model = GaussianDenoiser(0.0, 0.25, (1, 2, 2), sigma_max=TOP)
+        found = refined_grids(model, {3: grid_of(3)}, "heun", seeded, lambda *told: None, world=world)[3]
+        return [(one.grid.values.tobytes(), one.start, one.share, one.evaluations) for one in (result, found)]
+
+    store, barrier, box = HashStore(), threading.Barrier(size), [None] * size
+    with ThreadPoolExecutor(size) as pool:
+        every = list(pool.map(lambda rank: work(Threads(rank, size, store, barrier, box)), range(size)))
+    assert every == [work(ALONE)] * size and every[0][0][2] < 1
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp2m", "ipndm"])
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_returned_that_noises_held_out_find_worse(images, solver, seed):
@@ -105,10 +168,6 @@ def test_nothing_is_returned_that_noises_held_out_find_worse(images, solver, see
     before, after = (errors_of(images, grid, drawn.held, solver) for grid in (given, result.grid))
     assert result.grid == given or better(before, after)
     assert result.error_after.mean == pytest.approx(after.mean(), rel=1e-9)
-
-
-class Killed(Exception):
-    """Stands for the end of the process."""
 
 
 def test_a_kill_while_it_looks_between_loses_nothing(images, tmp_path, monkeypatch):
@@ -136,6 +195,8 @@ def test_a_start_of_another_kind_is_refused():
     for other in (start(4), Grid([10.0, 3.0, 1.0, 0.3, 0.1, 0.0])):
         with pytest.raises(ValueError, match="in the grid other, expected 5 from 20, .* leave it out"):
             refine(mixture(), start(), "heun", SHORT, others={"other": other})
+    with pytest.raises(ValueError, match="of the name 'given'.*use another name"):
+        refine(mixture(), start(), "heun", SHORT, others={"given": start()})
 
 
 class High(GaussianDenoiser):

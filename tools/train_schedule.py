@@ -176,7 +176,7 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
         if job.world.rank == 0:
             finish(job, config, result, paths, grids, told)
             states = [refinement_state(path) for path in paths.values()]
-            for path in (checkpoint, *states, start_state(states[0])):
+            for path in (checkpoint, *states, *map(start_state, states)):
                 path.unlink(missing_ok=True)
 
 
