@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from .distributed import ALONE, World
 from .exact_ends import draw_noises, teller
 from .grid import Grid
 from .growth import SLACK, Sigma, Weighted, choose_growth, measure_growth
+from .pieces import Pieces
 from .progress import Count, GracefulStop
 from .refine_state import Drawn, EndError, RefineConfig, better
 from .sensitivity import Travel
@@ -33,16 +34,17 @@ STREAM = (1 << 30) + 8  # theirs
 
 
 def draw_apart(
-    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE
+    denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE,
+    pieces: Optional[Pieces] = None,
 ) -> Drawn:
     """The noises of `confirm`: as `draw_noises`, but more, and none of those that the same `config` gives there."""
     many = replace(config, noises=APART * config.noises, held=APART * config.held)
-    return draw_noises(denoiser, many, sigma_max, quiet, world, STREAM)
+    return draw_noises(denoiser, many, sigma_max, quiet, world, STREAM, pieces)
 
 
 def confirm(
     denoiser: Denoiser, found: Weighted, plain: Grid, apart: Drawn, batch: int, quiet: bool = True,
-    world: World = ALONE,
+    world: World = ALONE, pieces: Optional[Pieces] = None,
 ) -> Weighted:
     """`found` where noises that had no part in the choice find its grid better, too; else it gets the `plain` one.
 
@@ -55,8 +57,9 @@ def confirm(
         return found
     plain, began = fitted(denoiser, plain), time.perf_counter()
     total = 2 * nfe(found.solver, plain.num_steps) * sum(len(part.latents) for part in apart[:2])
-    with GracefulStop() as stop, teller(denoiser, "end-point errors, images", total, quiet, world, stop) as tell:
-        parts = [Travel(denoiser, found.solver, part, batch, tell, world) for part in apart[:2]]
+    label = "end-point errors, images"
+    with GracefulStop() as stop, teller(denoiser, label, total, quiet, world, stop, pieces) as tell:
+        parts = [Travel(denoiser, found.solver, part, batch, tell, world, pieces) for part in apart[:2]]
         before, after = (np.concatenate([part.run(grid.values, keep=False).errors for part in parts])
                          for grid in (plain, found.grid))
     found = found._replace(
@@ -68,16 +71,17 @@ def confirm(
 
 
 def end_point_grids(
-    denoiser: Denoiser, sigma_of: Sigma, grids: Mapping[int, Grid], solver: str, config: RefineConfig, noises: Drawn,
-    count: Count, quiet: bool = True, world: World = ALONE,
+    denoiser: Denoiser, sigma_of: Sigma, grids: Mapping[int, Grid], solver: str, config: RefineConfig,
+    noises: Optional[Drawn], count: Count, quiet: bool = True, world: World = ALONE, pieces: Optional[Pieces] = None,
 ) -> Dict[int, Weighted]:
     """For each K the grid that serves `solver` best; evaluations are in batches of `config` or what memory allows.
 
     Args:
         sigma_of: the learned clock, noise levels at times [n] in [0, 1].
         grids: K -> the clock's own grid.
-        noises: from `draw_noises` with the same `config`.
-        count: told of each piece of work, of stage "endpoint" or, for exact ends of more noises, "ends".
+        noises: from `draw_noises` with the same `config`; None draws them.
+        count: told of each piece of work, of stage "endpoint" or, for exact ends, "ends".
+        pieces: what a run that was killed had found, and where this one keeps what it finds.
     """
     top, whole = next(iter(grids.values())).sigma_max, None
 
@@ -87,7 +91,9 @@ def end_point_grids(
         count(stage, began, result.evaluations - before)
         return result
 
-    growth, found, common = None, {}, {"quiet": quiet, "world": world}
+    growth, found, common = None, {}, {"quiet": quiet, "world": world, "pieces": pieces}
+    if noises is None:
+        noises = attempt("ends", lambda batch: draw_noises(denoiser, replace(config, batch=batch), top, **common))
     if max(grids) > 1:
         growth = attempt("endpoint", partial(measure_growth, denoiser, sigma_of, solver, noises, **common))
     for k, plain in grids.items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Optional
 
 import torch
 
 from .denoiser import Denoiser
 from .distributed import ALONE, World
 from .grid import edm, edm_unpinned
+from .pieces import Pieces
 from .progress import GracefulStop, Progress, Stopped
 from .refine_state import Drawn, RefineConfig
 from .seeding import seeded_generator
@@ -23,21 +24,21 @@ STREAM = (1 << 30) + 7  # of the noises, apart from the training's
 
 def draw_noises(
     denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool = True, world: World = ALONE,
-    stream: int = STREAM,
+    stream: int = STREAM, pieces: Optional[Pieces] = None,
 ) -> Drawn:
     """The noises of `config`, and where their exact paths from `sigma_max` end; for any solver and number of steps.
 
-    Another `stream` gives other noises.
+    Another `stream` gives other noises. Ends that are found among the `pieces` are not solved again.
 
     Raises Stopped when asked to stop, and NonFiniteOutput where the denoiser returned NaN or infinity.
     """
     with GracefulStop() as stop:
-        return draw(denoiser, config, sigma_max, quiet, world, stop, stream)
+        return draw(denoiser, config, sigma_max, quiet, world, stop, stream, pieces)
 
 
 def draw(
     denoiser: Denoiser, config: RefineConfig, sigma_max: float, quiet: bool, world: World, stop: GracefulStop,
-    stream: int = STREAM,
+    stream: int = STREAM, pieces: Optional[Pieces] = None,
 ) -> Drawn:
     """As `draw_noises`, for a caller that watches for the signal to stop itself."""
     count, generator = config.noises + config.held, seeded_generator(config.seed, stream)
@@ -45,28 +46,30 @@ def draw(
     labels = denoiser.draw_labels(count, generator)
     fine = edm(config.fine, denoiser.sigma_min, sigma_max) if denoiser.pinned else edm_unpinned(config.fine, sigma_max)
     total = count * nfe(config.fine_solver, config.fine)
-    with teller(denoiser, "exact paths, images", total, quiet, world, stop) as tell:
+    with teller(denoiser, "exact paths, images", total, quiet, world, stop, pieces) as tell:
         both, cost = solve_ends(
-            denoiser, latents.to(denoiser.device), labels, fine.values, config.fine_solver, config.batch, tell, world
+            denoiser, latents.to(denoiser.device), labels, fine.values, config.fine_solver, config.batch, tell, world,
+            pieces,
         )
     return Drawn(both.part(slice(0, config.noises)), both.part(slice(config.noises, count)), cost)
 
 
 @contextmanager
 def teller(
-    denoiser: Denoiser, label: str, total: int, quiet: bool, world: World, stop: GracefulStop
+    denoiser: Denoiser, label: str, total: int, quiet: bool, world: World, stop: GracefulStop,
+    pieces: Optional[Pieces] = None,
 ) -> Iterator[Callable[[], None]]:
     """What long work calls between its pieces: it shows progress, and ends the work when asked to stop.
 
     Args:
         label: the stage and the unit of `total`, such as "refining, images".
     """
-    progress, before = Progress(total // world.size, label, quiet), denoiser.evaluations
+    pieces = pieces or Pieces()
+    progress, before = Progress(total // world.size, label, quiet), pieces.spent(denoiser)
 
     def tell() -> None:
         world.check()
-        done = denoiser.evaluations - before
-        progress.update(min(done, total // world.size))
+        progress.update(min(pieces.spent(denoiser) - before, total // world.size))
         if stop.requested:
             raise Stopped(f"stopped during {label.split(',')[0]}")
 

@@ -33,6 +33,7 @@ from .distributed import ALONE, World
 from .exact_ends import teller
 from .grid import Grid
 from .local_errors import order_of
+from .pieces import Pieces
 from .profile import Profile
 from .progress import GracefulStop
 from .refine_state import Drawn, EndError, better
@@ -131,7 +132,7 @@ def _redistributed(sigma_of: Sigma, rho: np.ndarray, num_steps: int) -> Grid:
 
 def measure_growth(
     denoiser: Denoiser, sigma_of: Sigma, solver: str, noises: Drawn, batch: int, quiet: bool = True,
-    world: World = ALONE,
+    world: World = ALONE, pieces: Optional[Pieces] = None,
 ) -> Growth:
     """The density of steps that the solver's grown local errors ask for; one serves every number of steps.
 
@@ -141,8 +142,9 @@ def measure_growth(
     began, (levels, middles) = time.perf_counter(), _finest(denoiser, sigma_of)
     steps, count = len(middles), sum(len(part.latents) for part in noises[:2])
     total = count * (steps * (steps + 10) + nfe(solver, steps))
-    with GracefulStop() as stop, teller(denoiser, "growth of errors, images", total, quiet, world, stop) as tell:
-        parts = [Travel(denoiser, solver, part, batch, tell, world) for part in noises[:2]]
+    label = "growth of errors, images"
+    with GracefulStop() as stop, teller(denoiser, label, total, quiet, world, stop, pieces) as tell:
+        parts = [Travel(denoiser, solver, part, batch, tell, world, pieces) for part in noises[:2]]
         gram = np.concatenate([part.grown(levels, middles) for part in parts])
     orders = np.full(steps, float(order_of(solver)))
     orders[-1] = 1.0
@@ -178,7 +180,7 @@ def _density(gram: np.ndarray, orders: np.ndarray) -> np.ndarray:
 
 def choose_growth(
     denoiser: Denoiser, sigma_of: Sigma, plain: Grid, solver: str, noises: Drawn, batch: int, quiet: bool = True,
-    world: World = ALONE, growth: Optional[Growth] = None,
+    world: World = ALONE, growth: Optional[Growth] = None, pieces: Optional[Pieces] = None,
 ) -> Weighted:
     """The weighted grid that serves `solver` best, with as many steps as `plain`.
 
@@ -190,6 +192,7 @@ def choose_growth(
         batch: noises per evaluation.
         world: processes that share the noises; each returns the same.
         growth: from `measure_growth` with the same clock and solver; None leaves the powers of w alone.
+        pieces: where errors of each batch are kept and found.
     Raises:
         Stopped: Ctrl-C or SIGTERM.
         NonFiniteOutput: the denoiser returned NaN or infinity.
@@ -200,8 +203,8 @@ def choose_growth(
     runs = len(COARSE) + CLOSER + (growth is not None)
     total = nfe(solver, steps) * sum(len(part.latents) for part in noises[:2]) * runs
     label = f"end-point objective, K = {steps}, images"
-    with GracefulStop() as stop, teller(denoiser, label, total, quiet, world, stop) as tell:
-        parts = [Travel(denoiser, solver, part, batch, tell, world) for part in noises[:2]]
+    with GracefulStop() as stop, teller(denoiser, label, total, quiet, world, stop, pieces) as tell:
+        parts = [Travel(denoiser, solver, part, batch, tell, world, pieces) for part in noises[:2]]
 
         def grid(beta: Optional[float]) -> Grid:
             if beta is None:

@@ -27,6 +27,7 @@ from .denoiser import Denoiser, NonFiniteOutput
 from .distributed import ALONE, World
 from .exact_ends import draw, draw_noises, teller
 from .grid import Grid
+from .pieces import Pieces
 from .progress import GracefulStop, Stopped
 from .refine_state import Drawn, EndError, RefineConfig, RefineState, better, read_state, write_state
 from .sensitivity import Run, Travel
@@ -65,7 +66,7 @@ class RefineResult:
 def refine(
     denoiser: Denoiser, grid: Grid, solver: str, config: RefineConfig = DEFAULT, identity: str = "",
     checkpoint: Optional[Path] = None, resume: bool = False, quiet: bool = True, world: World = ALONE,
-    noises: Optional[Drawn] = None, others: Mapping[str, Grid] = {},
+    noises: Optional[Drawn] = None, others: Mapping[str, Grid] = {}, pieces: Optional[Pieces] = None,
 ) -> RefineResult:
     """Move the inner levels of `grid` to where `solver` ends nearest to the exact solution.
 
@@ -79,6 +80,7 @@ def refine(
         noises: from `draw_noises` with the same config, shared by several refinements, whose cost is then not
             counted here. None draws them.
         others: grids by name, of as many steps and the same first level, from which it may start in place of `grid`.
+        pieces: where exact ends of each batch are kept and found.
     Raises:
         Stopped: Ctrl-C or SIGTERM; what was finished is saved.
         NonFiniteOutput: the denoiser returned NaN or infinity; what was finished is saved.
@@ -90,7 +92,7 @@ def refine(
         raise ValueError(f"found another grid of the name {GIVEN!r}, which is that of `grid`; use another name")
     grids = {GIVEN: grid, **others}
     _check(denoiser, grids, solver, config)
-    job = _Refinement(denoiser, grids, solver, config, identity, checkpoint, quiet, world)
+    job = _Refinement(denoiser, grids, solver, config, identity, checkpoint, quiet, world, pieces)
     job.noises, job.given = noises, noises is not None
     if resume and checkpoint is not None and world.share(checkpoint.exists()):
         with world.phase():
@@ -138,9 +140,9 @@ class _Refinement:
 
     def __init__(
         self, denoiser: Denoiser, grids: Mapping[str, Grid], solver: str, config: RefineConfig, identity: str,
-        checkpoint: Optional[Path], quiet: bool, world: World,
+        checkpoint: Optional[Path], quiet: bool, world: World, pieces: Optional[Pieces],
     ) -> None:
-        self.denoiser, self.grids, self.solver, self.config = denoiser, grids, solver, config
+        self.denoiser, self.grids, self.solver, self.config, self.pieces = denoiser, grids, solver, config, pieces
         self.checkpoint, self.quiet, self.world, self.saved = checkpoint, quiet, world, False
         self.first, self.low = grids[GIVEN].sigma_max, denoiser.sigma_limits[0]
         starts = {name: grid.values.tolist() for name, grid in grids.items()}
@@ -158,7 +160,7 @@ class _Refinement:
         """All of it, from wherever the state is."""
         state = self.state
         if self.noises is None:
-            self.noises = draw(self.denoiser, self.config, self.first, self.quiet, self.world, stop)
+            self.noises = draw(self.denoiser, self.config, self.first, self.quiet, self.world, stop, pieces=self.pieces)
             state.drawn, state.evaluations = self.noises.evaluations, state.evaluations + self.noises.evaluations
             self.save()
         with teller(self.denoiser, "refining, images", self._expected(), self.quiet, self.world, stop) as tell:

@@ -18,6 +18,7 @@ __all__ = ["Drawn", "EndError", "RefineConfig", "RefineState", "better", "read_s
 
 HARDLY = 0.01  # of the mean error: what is less counts as this much in a geometric mean
 TINY = 1e-300
+LONG = 200  # characters that are worth showing; grids are longer
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def read_state(path: Path, settings: Dict[str, Any], device: torch.device) -> Tu
         raise CheckpointMismatch(f"{path} is not a refinement's checkpoint ({reason}); remove it") from None
     for key, value in settings.items():
         if found.get(key) != value:
-            raise CheckpointMismatch(
-                f"{path} was made with {key}={found.get(key)}, this run has {key}={value}; "
-                "use the same settings, or remove it and start again without --resume"
-            )
+            made, here = f"{key}={found.get(key)}", f"{key}={value}"
+            differ = f"{made}, this run has {here}" if len(made + here) < LONG else f"other {key} than this run has"
+            advice = "use the same settings, or remove it and start again without --resume"
+            raise CheckpointMismatch(f"{path} was made with {differ}; {advice}")
     return state, drawn

@@ -18,6 +18,7 @@ from .devices import with_back_off
 from .distributed import ALONE, World
 from .exact_ends import draw_noises
 from .grid import Grid
+from .pieces import Pieces
 from .profile import Profile
 from .progress import Count
 from .refine import RefineResult, refine
@@ -41,7 +42,7 @@ def starts(denoiser: Denoiser, own: Optional[Profile], num_steps: int) -> Dict[s
 def refined_grids(
     denoiser: Denoiser, grids: Mapping[int, Grid], solver: str, config: RefineConfig, count: Count, identity: str = "",
     states: Mapping[int, Path] = {}, resume: bool = False, quiet: bool = True, world: World = ALONE,
-    own_clock: bool = True,
+    own_clock: bool = True, pieces: Optional[Pieces] = None,
 ) -> Dict[int, RefineResult]:
     """For each K the grid refined for `solver`; errors as of `refine` and `train`.
 
@@ -49,6 +50,7 @@ def refined_grids(
         grids: K -> the grid that nothing may be worse than.
         count: told of each piece of work, of stage "start", "ends" (if several K share their noises) or "refine".
         states: K -> file for the state of its refinement; that of the other clock is in `<the first>.start`.
+        pieces: what a run that was killed had found of exact ends, and where this one keeps what it finds.
         own_clock: False where the grids are those of the solver's own local errors already.
     """
     own, noises = None, None
@@ -60,13 +62,14 @@ def refined_grids(
         count("start", began, sum(result.evaluations.values()))
     if len(grids) > 1:
         began, top = time.perf_counter(), next(iter(grids.values())).sigma_max
-        draw = lambda batch: draw_noises(denoiser, replace(config, batch=batch), top, quiet, world)
+        draw = lambda batch: draw_noises(denoiser, replace(config, batch=batch), top, quiet, world, pieces=pieces)
         noises = with_back_off(draw, config.batch, denoiser.device)
         count("ends", began, noises.evaluations)
     found = {}
     for k, grid in grids.items():
         began, others = time.perf_counter(), starts(denoiser, own, k)
-        found[k] = refine(denoiser, grid, solver, config, identity, states.get(k), resume, quiet, world, noises, others)
+        more = (resume, quiet, world, noises, others, pieces)
+        found[k] = refine(denoiser, grid, solver, config, identity, states.get(k), *more)
         count("refine", began, found[k].evaluations)
     return found
 

@@ -16,7 +16,9 @@ the network, and serves every solver, guided or not.
 
 from __future__ import annotations
 
-from typing import Callable, List, NamedTuple, Optional, Tuple
+import hashlib
+from functools import partial
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ import torch
 from .denoiser import Denoiser
 from .distributed import ALONE, World
 from .field import full_precision, rms
+from .pieces import Pieces
 from .solvers import Past, Slope, integrate, slope_of
 
 __all__ = ["Noises", "Run", "Travel", "solve_ends"]
@@ -101,14 +104,17 @@ class Travel:
         batch: noises per evaluation. The processes share out whole batches, so that their number changes no rounding.
         tell: called between pieces of work; it may raise to end it.
         world: processes that share the noises; each gets the figures of all.
+        pieces: where figures of each batch are kept and found; runs that are kept whole, and derivatives, are not.
     """
 
     def __init__(
-        self, denoiser: Denoiser, solver: str, noises: Noises, batch: int, tell: Tell = _silent, world: World = ALONE
+        self, denoiser: Denoiser, solver: str, noises: Noises, batch: int, tell: Tell = _silent, world: World = ALONE,
+        pieces: Optional[Pieces] = None,
     ) -> None:
         self.denoiser, self.solver, self.noises, self.batch = denoiser, solver, noises, batch
-        self.tell, self.world = tell, world
+        self.tell, self.world, self.pieces = tell, world, pieces
         self.evaluations = 0  # of all processes
+        self._digests: Dict[int, str] = {}
 
     def _share(self) -> List[slice]:
         count, batch = len(self.noises.latents), self.batch
@@ -118,10 +124,26 @@ class Travel:
         labels = self.noises.labels
         return slope_of(self.denoiser, None if labels is None else labels[part])
 
+    def spent(self) -> int:
+        """Evaluations of this process so far."""
+        return self.denoiser.evaluations if self.pieces is None else self.pieces.spent(self.denoiser)
+
+    def piece(self, what: List[Any], part: slice, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `work` gives for a batch, or gave before; on the denoiser's device."""
+        if self.pieces is None:
+            return work()
+        if part.start not in self._digests:
+            digest = hashlib.sha256()
+            for tensor in self.noises.part(part):
+                if tensor is not None:
+                    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.cpu().numpy().tobytes())
+            self._digests[part.start] = digest.hexdigest()
+        return self.pieces.get(self.denoiser, [self.solver, self._digests[part.start], *what], work)
+
     def _sum(self, rows: torch.Tensor, before: int) -> np.ndarray:
         """Rows [M, n] of all processes; adds up their evaluations."""
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        rows[-1, 0] = self.denoiser.evaluations - before
+        rows[-1, 0] = self.spent() - before
         rows = self.world.sum(rows.to(self.world.device)).cpu().numpy()
         self.evaluations += int(rows[-1, 0])
         return rows[:-1]
@@ -129,16 +151,21 @@ class Travel:
     @torch.no_grad()
     def run(self, levels: np.ndarray, keep: bool = True) -> Run:
         """Take every noise over the levels [K + 1]; without `keep` for the errors alone, in little memory."""
-        before, errors = self.denoiser.evaluations, torch.zeros(len(self.noises.latents), 1, dtype=torch.float64)
+        before, errors = self.spent(), torch.zeros(len(self.noises.latents), 1, dtype=torch.float64)
         starts, ends = [], []
+
+        def of(part: slice) -> torch.Tensor:
+            x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
+            x, kept = self._recorded(self._slope(part), x, torch.tensor(levels, device=x.device))
+            if keep:
+                starts.append(kept)
+                ends.append(x)
+            return rms(x - self.noises.ends[part])
+
         with self.world.phase(), full_precision():
             for part in self._share():
-                x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
-                x, kept = self._recorded(self._slope(part), x, torch.tensor(levels, device=x.device))
-                errors[part, 0] = rms(x - self.noises.ends[part]).cpu()
-                if keep:
-                    starts.append(kept)
-                    ends.append(x)
+                found = of(part) if keep else self.piece(["errors", levels.tolist()], part, partial(of, part))
+                errors[part, 0] = found.cpu()
                 self.tell()
         return Run(levels, self._sum(errors, before)[:, 0], starts, ends)
 
@@ -157,7 +184,7 @@ class Travel:
         Args:
             step: of the differences, as a fraction of the smaller of the two gaps beside a level.
         """
-        inner, before = len(run.levels) - 2, self.denoiser.evaluations
+        inner, before = len(run.levels) - 2, self.spent()
         rows = torch.zeros(len(self.noises.latents), inner * (inner + 1), dtype=torch.float64)
         with self.world.phase(), full_precision():
             for part, starts, end in zip(self._share(), run.starts, run.ends):
@@ -196,13 +223,17 @@ class Travel:
             middles: [K], one between each two levels: the exact path is solved in two steps of RK4, and the last in
                 one more, to a sixth of the middle, so that the step to 0, which is Euler's, is short.
         """
-        count, before = len(levels) - 1, self.denoiser.evaluations
-        rows = torch.zeros(len(self.noises.latents), count * count, dtype=torch.float64)
+        count, before = len(levels) - 1, self.spent()
+        rows, what = torch.zeros(len(self.noises.latents), count * count, dtype=torch.float64), (levels, middles)
+
+        def of(part: slice) -> torch.Tensor:
+            x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
+            errors = self._grown(self._slope(part), x, levels, middles)
+            return (errors @ errors.transpose(1, 2) / errors.shape[2]).flatten(1)
+
         with self.world.phase(), full_precision():
             for part in self._share():
-                x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
-                errors = self._grown(self._slope(part), x, levels, middles)
-                rows[part] = (errors @ errors.transpose(1, 2) / errors.shape[2]).flatten(1).cpu()
+                rows[part] = self.piece(["grown", *(each.tolist() for each in what)], part, partial(of, part)).cpu()
         return self._sum(rows, before).reshape(-1, count, count)
 
     def _grown(self, slope: Slope, x: torch.Tensor, levels: np.ndarray, middles: np.ndarray) -> torch.Tensor:
@@ -225,16 +256,20 @@ class Travel:
 @torch.no_grad()
 def solve_ends(
     denoiser: Denoiser, latents: torch.Tensor, labels: Optional[torch.Tensor], levels: np.ndarray, solver: str,
-    batch: int, tell: Tell = _silent, world: World = ALONE,
+    batch: int, tell: Tell = _silent, world: World = ALONE, pieces: Optional[Pieces] = None,
 ) -> Tuple[Noises, int]:
     """Where the paths of `latents` end, by `solver` on fine `levels`, and the evaluations of all processes."""
     zero = torch.zeros(latents.shape, dtype=torch.float64, device=latents.device)
-    travel = Travel(denoiser, solver, Noises(latents, labels, zero), batch, tell, world)
-    before, ends = denoiser.evaluations, zero.clone()
+    travel = Travel(denoiser, solver, Noises(latents, labels, zero), batch, tell, world, pieces)
+    before, ends = travel.spent(), zero.clone()
+
+    def of(part: slice) -> torch.Tensor:
+        x = denoiser.initial(latents[part], float(levels[0])).to(torch.float64)
+        sigma = torch.tensor(levels, device=x.device)
+        return integrate(travel._slope(part), x, sigma, solver, on_step=lambda *_: tell())[0]
+
     with world.phase(), full_precision():
         for part in travel._share():
-            x = denoiser.initial(latents[part], float(levels[0])).to(torch.float64)
-            sigma = torch.tensor(levels, device=x.device)
-            ends[part] = integrate(travel._slope(part), x, sigma, solver, on_step=lambda *_: tell())[0]
-    count = world.sum(torch.tensor([float(denoiser.evaluations - before)]).to(world.device))
+            ends[part] = travel.piece(["ends", levels.tolist()], part, partial(of, part))
+    count = world.sum(torch.tensor([float(travel.spent() - before)]).to(world.device))
     return Noises(latents, labels, world.sum(ends)), int(count)

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "art_edm"
 LAYERS: Dict[int, str] = {
     -1: "files progress seeding config transfer pickle_tree uncertainty optimizer lifelines descent benchmarks_report",
     0: "denoiser grid clock policy frechet pickles upstream_sources images download cells result multistep",
-    1: "analytic unet features field adapters mnist pickled_tensors trusted_pickle distributed devices interop profile",
+    1: "analytic unet features field adapters mnist pickled_tensors trusted_pickle distributed devices interop profile "
+       "pieces",
     2: "solvers trajectories pretrain pickled_data",
     3: "upstream checkpoint control evaluation network_pickle references sensitivity local_errors",
     4: "actor_critic distill loading refine_state stochastic",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from art_edm import sensitivity, training
+from art_edm import exact_ends, refine, sensitivity, training
 from art_edm.grid import load_grid
 from art_edm.loading import load_network
 from art_edm.solvers import sample
@@ -188,9 +188,48 @@ def test_what_was_learned_survives_a_stop_in_the_end_point_search(run, monkeypat
     assert result.exit_code == 1
     expected = "stopped during end-point objective; what was learned is in g.ckpt, continue with --resume"
     assert str(result.exception) == expected
-    assert sorted(os.listdir()) == ["g.ckpt", "whole.json", "whole.npy"]
+    assert sorted(os.listdir()) == ["g.ckpt", "g.ends.ckpt", "whole.json", "whole.npy"]
     assert run(*options, "--out=g.npy", "--resume").exit_code == 0
     assert Path("g.npy").read_bytes() == Path("whole.npy").read_bytes()
+    assert sorted(os.listdir()) == ["g.json", "g.npy", "whole.json", "whole.npy"]
+    costs = [json.loads(Path(name).read_text())["evaluations_by_stage"] for name in ("g.json", "whole.json")]
+    assert costs[0] == costs[1]
+
+
+def test_ends_that_several_share_are_solved_once_whatever_stops_the_refinement(run, monkeypatch):
+    """Those of the end-point objective serve it, too; stopped in it, a run that goes on solves none again."""
+    options = ("--network=gaussian:0.5", "--method=direct", "--steps=3,4", "--objective=endpoint", "--refine",
+               "--solver=euler", "--quiet")
+    original, solved = exact_ends.solve_ends, []
+
+    def counted(denoiser, *args):
+        before = denoiser.evaluations
+        result = original(denoiser, *args)
+        solved.append(denoiser.evaluations - before)
+        return result
+
+    monkeypatch.setattr(exact_ends, "solve_ends", counted)
+    assert run(*options, "--out=whole{steps}.npy").exit_code == 0
+    path = 157  # evaluations: 40 steps of RK4, the last of them Euler's
+    assert solved == [64 * path, 192 * path, 64 * path]  # the refinement's first 64 are those of the objective
+    begin = refine._Refinement._iterate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return begin(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refine._Refinement, "_iterate", interrupted)
+        result = run(*options, "--out=g{steps}.npy")
+    assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
+    assert {"g3.ckpt", "g3.ends.ckpt", "g3.refine.ckpt"} <= set(os.listdir())
+    assert run(*options, "--out=g{steps}.npy", "--resume").exit_code == 0
+    assert solved[-3:] == [0, 0, 0]
+    for name in ("3", "4"):
+        assert Path(f"g{name}.npy").read_bytes() == Path(f"whole{name}.npy").read_bytes()
+        records = [json.loads(Path(f"{stem}{name}.json").read_text()) for stem in ("g", "whole")]
+        assert records[0]["evaluations_by_stage"] == records[1]["evaluations_by_stage"]
+    assert not [name for name in os.listdir() if "ckpt" in name]
 
 
 def test_the_objective_of_the_reverse_sde_moves_the_levels_down(run):

@@ -156,6 +156,7 @@ class Job(NamedTuple):
 def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     """One run, its grids, and what it has to say."""
     from art_edm.denoiser import NonFiniteOutput
+    from art_edm.pieces import Pieces
     from art_edm.progress import Stopped
     from art_edm.refined import start_state
     from art_edm.training import train
@@ -166,8 +167,10 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     result = train(network.denoiser, config, network.identity, checkpoint, job.resume, job.quiet, job.world)
     with job.world.phase():
         grids = grids_of(job, result, paths)
+    pieces = Pieces(checkpoint.with_suffix(".ends.ckpt"), network.identity, job.resume, job.world.rank)
     try:
-        told = through_solver(job, config.seed, grids, paths, result)
+        with pieces:
+            told = through_solver(job, config.seed, grids, paths, result, pieces)
     except (NonFiniteOutput, Stopped) as error:
         says_how = "--resume" in str(error)
         kept = "" if says_how else f"; what was learned is in {checkpoint}, continue with --resume"
@@ -178,6 +181,7 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
             states = [refinement_state(path) for path in paths.values()]
             for path in (checkpoint, *states, *map(start_state, states)):
                 path.unlink(missing_ok=True)
+    pieces.remove()
 
 
 def grids_of(job: Job, result: Any, paths: Dict[int, Path]) -> Dict[int, Any]:
@@ -201,16 +205,15 @@ def refinement_state(path: Path) -> Path:
 
 
 def through_solver(
-    job: Job, seed: int, grids: Dict[int, Any], paths: Dict[int, Path], result: Any
+    job: Job, seed: int, grids: Dict[int, Any], paths: Dict[int, Path], result: Any, pieces: Any
 ) -> Dict[int, Dict[str, Any]]:
     """Weigh and refine the grids, where asked for, in place; what there is to tell of each K.
 
-    What they cost becomes stages of the `result`.
+    What they cost becomes stages of the `result`; what is found on the way is kept in `pieces`.
     """
     from dataclasses import replace
 
-    from art_edm.devices import with_back_off
-    from art_edm.endpoint import CHOOSE, draw_noises, end_point_grids
+    from art_edm.endpoint import CHOOSE, end_point_grids
     from art_edm.growth import optimum_of
     from art_edm.refined import RefineConfig, refined_grids
 
@@ -219,21 +222,19 @@ def through_solver(
 
     def count(stage: str, began: float, evaluations: int) -> None:
         result.evaluations[stage] = result.evaluations.get(stage, 0) + evaluations
-        result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - began
+        recovered, pieces.seconds = pieces.seconds, 0.0
+        result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - began + recovered
 
     if job.objective == "endpoint":
-        began, config, first = time.perf_counter(), replace(CHOOSE, seed=seed), next(iter(grids.values())).sigma_max
-        draw = lambda batch: draw_noises(denoiser, replace(config, batch=batch), first, *common)
-        noises = with_back_off(draw, config.batch, denoiser.device)
-        count("ends", began, noises.evaluations)
         sigma_of = result.learned.sigma if result.learned else optimum_of(result.profile)
-        found = end_point_grids(denoiser, sigma_of, grids, job.solver, config, noises, count, *common)
+        config = replace(CHOOSE, seed=seed)
+        found = end_point_grids(denoiser, sigma_of, grids, job.solver, config, None, count, *common, pieces)
         for k, one in found.items():
             grids[k], told[k]["weighted"] = one.grid, one.record()
     if job.refine:
         states = {k: refinement_state(path) for k, path in paths.items()}
         found = refined_grids(denoiser, grids, job.solver, RefineConfig(seed=seed), count, job.network.identity, states,
-                              job.resume, *common, own_clock=job.objective != "solver")
+                              job.resume, *common, own_clock=job.objective != "solver", pieces=pieces)
         for k, one in found.items():
             grids[k], told[k]["refined"] = one.grid, one.record()
     return told
