@@ -66,9 +66,11 @@ def teller(
     """
     pieces = pieces or Pieces()
     progress, before = Progress(total // world.size, label, quiet), pieces.spent(denoiser)
+    recovered = pieces.recovered
 
     def tell() -> None:
         world.check()
+        progress.start = pieces.recovered - recovered  # what was found tells nothing of the rate
         progress.update(min(pieces.spent(denoiser) - before, total // world.size))
         if stop.requested:
             raise Stopped(f"stopped during {label.split(',')[0]}")

@@ -80,10 +80,9 @@ def refine(
         noises: from `draw_noises` with the same config, shared by several refinements, whose cost is then not
             counted here. None draws them.
         others: grids by name, of as many steps and the same first level, from which it may start in place of `grid`.
-        pieces: where exact ends of each batch are kept and found.
+        pieces: where exact ends of each batch are kept and found; those of `noises`, too, if both are given.
     Raises:
-        Stopped: Ctrl-C or SIGTERM; what was finished is saved.
-        NonFiniteOutput: the denoiser returned NaN or infinity; what was finished is saved.
+        Stopped, NonFiniteOutput: Ctrl-C or SIGTERM; NaN or infinity of the denoiser; what was finished is saved.
         CheckpointMismatch: the checkpoint is of other settings.
         ValueError: a model of discrete noise levels, an unknown solver, a grid the model does not support, or
             settings out of range.
@@ -92,8 +91,7 @@ def refine(
         raise ValueError(f"found another grid of the name {GIVEN!r}, which is that of `grid`; use another name")
     grids = {GIVEN: grid, **others}
     _check(denoiser, grids, solver, config)
-    job = _Refinement(denoiser, grids, solver, config, identity, checkpoint, quiet, world, pieces)
-    job.noises, job.given = noises, noises is not None
+    job = _Refinement(denoiser, grids, solver, config, identity, checkpoint, quiet, world, pieces, noises)
     if resume and checkpoint is not None and world.share(checkpoint.exists()):
         with world.phase():
             job.restore()
@@ -140,15 +138,15 @@ class _Refinement:
 
     def __init__(
         self, denoiser: Denoiser, grids: Mapping[str, Grid], solver: str, config: RefineConfig, identity: str,
-        checkpoint: Optional[Path], quiet: bool, world: World, pieces: Optional[Pieces],
+        checkpoint: Optional[Path], quiet: bool, world: World, pieces: Optional[Pieces], noises: Optional[Drawn],
     ) -> None:
         self.denoiser, self.grids, self.solver, self.config, self.pieces = denoiser, grids, solver, config, pieces
         self.checkpoint, self.quiet, self.world, self.saved = checkpoint, quiet, world, False
         self.first, self.low = grids[GIVEN].sigma_max, denoiser.sigma_limits[0]
         starts = {name: grid.values.tolist() for name, grid in grids.items()}
         self.settings = {**asdict(config), "network": identity, "solver": solver, "grids": starts}
-        self.noises: Optional[Drawn] = None
-        self.given, self.began = False, time.perf_counter()  # given: the noises are the caller's
+        self.noises, self.given = noises, noises is not None
+        self.began = time.perf_counter()
         q = self._parameters(GIVEN)
         zero, levels, none = torch.zeros_like(q), torch.tensor(grids[GIVEN].values), q[:0]
         self.state = RefineState(q, levels, levels, none, torch.outer(zero, zero), zero, zero, config.damping)
@@ -296,5 +294,7 @@ class _Refinement:
     def restore(self) -> None:
         """Read the checkpoint; settings must agree."""
         self.state, drawn = read_state(self.checkpoint, self.settings, self.denoiser.device)
+        if self.given and self.pieces:  # who gave the noises found these ends there, and counts them
+            self.state.evaluations, self.state.drawn = self.state.evaluations - self.state.drawn, 0
         self.noises, self.saved = drawn if self.noises is None else self.noises, True
         self.began -= self.state.seconds

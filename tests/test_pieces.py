@@ -15,6 +15,7 @@ from torch.distributed import HashStore
 
 from art_edm import pieces as pieces_module
 from art_edm.analytic import GaussianDenoiser
+from art_edm.cells import key_of
 from art_edm.clock import GaussianClock
 from art_edm.distributed import ALONE
 from art_edm.endpoint import end_point_grids
@@ -70,8 +71,11 @@ def test_a_piece_is_computed_once_and_counted_once_in_each_run(tmp_path):
         assert (pieces.seconds > 0) == resume
 
 
-@pytest.mark.parametrize("other", ["identity", "solver", "levels", "latents", "ends", "labels", "batch", "work"])
-def test_whatever_decides_a_piece_tells_it_apart(tmp_path, other):
+OTHERS = ["identity", "solver", "levels", "latents", "ends", "labels", "batch", "work", "version", "device"]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_whatever_decides_a_piece_tells_it_apart(tmp_path, monkeypatch, other):
     """Else a wrong number would be believed: every one of these alone makes the work be done."""
     model, noises, path = mixture(), noises_of(), tmp_path / "kept"
     Travel(model, "heun", noises, 2, pieces=Pieces(path, "it")).run(LEVELS, keep=False)
@@ -83,12 +87,28 @@ def test_whatever_decides_a_piece_tells_it_apart(tmp_path, other):
     if other == "labels":
         noises = noises._replace(labels=torch.eye(3))
     solver, batch = "euler" if other == "solver" else "heun", 3 if other == "batch" else 2
+    if other == "version":
+        monkeypatch.setattr(pieces_module, "__version__", "0")
+    if other == "device":
+        monkeypatch.setattr(pieces_module, "key_of", lambda what: key_of(["cuda" if x == "cpu" else x for x in what]))
     travel, before = Travel(model, solver, noises, batch, pieces=pieces), model.evaluations
     if other == "work":
         travel.grown(levels, (levels[1:] + levels[:-1]) / 2)
     else:
         travel.run(levels, keep=False)
     assert pieces.recovered == 0 and model.evaluations - before == travel.evaluations > 0
+
+
+@pytest.mark.parametrize("other", ["levels", "middles"])
+def test_growth_is_told_apart_by_all_its_levels(tmp_path, other):
+    model, noises, path = mixture(), noises_of(), tmp_path / "kept"
+    given = {"levels": LEVELS, "middles": (LEVELS[1:] + LEVELS[:-1]) / 2}
+    expected = Travel(model, "heun", noises, 2, pieces=Pieces(path, "it")).grown(**given)
+    for changed, recovered in (({}, True), ({other: given[other] * (1 + 1e-15)}, False)):
+        pieces = Pieces(path, "it", resume=True)
+        found = Travel(model, "heun", noises, 2, pieces=pieces).grown(**{**given, **changed})
+        assert (pieces.recovered > 0) == recovered
+        np.testing.assert_allclose(found, expected, rtol=0 if recovered else 1e-9)
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", "training", "half"])
@@ -102,6 +122,24 @@ def test_a_file_that_is_none_of_ours_costs_time_alone(tmp_path, content):
     travel = Travel(model, "heun", noises, 2, pieces=Pieces(path, "it", resume=True))
     np.testing.assert_array_equal(travel.run(LEVELS, keep=False).errors, expected)
     assert Pieces(path, "it", resume=True)._pieces  # and it is one of ours now
+
+
+def test_a_flipped_bit_is_not_believed(tmp_path):
+    """In a number, or in what is told of it; torch reads such a file without a word."""
+    model, path = gaussian(), tmp_path / "kept"
+    Pieces(path, "it").get(model, [1], lambda: torch.full((64,), 0.25, dtype=torch.float64))
+    whole, kept = path.read_bytes(), lambda: len(Pieces(path, "it", resume=True)._pieces)
+    where = whole.index(np.full(64, 0.25).tobytes())
+    damaged = bytearray(whole)
+    damaged[where + 30] ^= 1
+    path.write_bytes(damaged)
+    assert torch.load(path, weights_only=True) and kept() == 0
+    path.write_bytes(whole)
+    assert kept() == 1
+    (key, (*fields, checksum)), = torch.load(path, weights_only=True).items()
+    for changed in ([fields[0], 5, fields[2]], [fields[0], fields[1], 5.0], [fields[0].reshape(8, 8), *fields[1:]]):
+        torch.save({key: [*changed, checksum]}, path)
+        assert kept() == 0
 
 
 def test_pieces_are_written_now_and_then_and_when_an_error_ends_the_work(tmp_path, monkeypatch):
@@ -128,9 +166,22 @@ def test_pieces_are_written_now_and_then_and_when_an_error_ends_the_work(tmp_pat
     assert kept() == 5
     with pieces:
         piece(6)
-    assert kept() == 5  # what ended well needs none of it
+    assert kept() == 5 and pieces.done() == 0.0 and kept() == 6  # a stage's end
+    monkeypatch.setattr(pieces_module, "SHARE", 5.0)
+    pieces._took, clock[0] = 3.0, clock[0] + 10.0  # a slow disk: no more than a sixth of the time
+    piece(7)
+    assert kept() == 6
+    clock[0] += 6.0
+    piece(8)
+    assert kept() == 8
+    for name in (".kept.part", ".kept-3.part"):  # of killed writers
+        (tmp_path / name).write_text("half of it")
+    others = ["kept-20261122", "kept-x", ".kept-x.part", "kept-4"]  # a user's copies, and his folder
+    for name in others[:-1]:
+        (tmp_path / name).write_text("not ours")
+    (tmp_path / "kept-4").mkdir()
     pieces.remove()
-    assert os.listdir(tmp_path) == []
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
 
 
 def test_a_full_disk_is_told_and_what_was_written_stays(tmp_path, monkeypatch):
@@ -229,10 +280,13 @@ def test_processes_keep_what_is_theirs_and_any_number_goes_on(tmp_path, size):
     assert sorted(os.listdir(tmp_path)) == ["kept", *(f"kept-{rank}" for rank in range(1, size))]
     refining = sum(cost for stage, cost in costs if stage == "refine")
     assert sum(each[2] for each in together(True)) == refining  # no state of theirs was kept
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert work(0, resume=True) == (alone, costs, refining)  # one process goes on with what all had
-    (tmp_path / "kept-x").write_text("not ours")
-    Pieces(tmp_path / "kept").remove()
-    assert os.listdir(tmp_path) == ["kept-x"]
+    pieces = Pieces(tmp_path / "kept", "it", resume=True)
+    pieces.get(gaussian(), ["small"], lambda: torch.zeros(1))
+    assert (tmp_path / "kept").stat().st_size < sizes["kept"] + 2000  # it writes its own ones alone
+    pieces.remove()
+    assert os.listdir(tmp_path) == []
 
 
 def test_exact_ends_found_again_are_those_that_were_solved(tmp_path):

@@ -188,12 +188,49 @@ def test_what_was_learned_survives_a_stop_in_the_end_point_search(run, monkeypat
     assert result.exit_code == 1
     expected = "stopped during end-point objective; what was learned is in g.ckpt, continue with --resume"
     assert str(result.exception) == expected
-    assert sorted(os.listdir()) == ["g.ckpt", "g.ends.ckpt", "whole.json", "whole.npy"]
+    assert sorted(os.listdir()) == ["g.ckpt", "g.ckpt.ends", "whole.json", "whole.npy"]
     assert run(*options, "--out=g.npy", "--resume").exit_code == 0
     assert Path("g.npy").read_bytes() == Path("whole.npy").read_bytes()
     assert sorted(os.listdir()) == ["g.json", "g.npy", "whole.json", "whole.npy"]
     costs = [json.loads(Path(name).read_text())["evaluations_by_stage"] for name in ("g.json", "whole.json")]
     assert costs[0] == costs[1]
+
+
+def test_more_steps_may_be_asked_for_when_going_on(run, monkeypatch):
+    """Exact ends that one K drew for itself serve both, and count once; stopped while they are drawn, few are lost."""
+    options = ("--network=gaussian:0.5", "--method=direct", "--refine", "--solver=euler", "--quiet")
+    assert run(*options, "--steps=3,4", "--out=whole{steps}.npy").exit_code == 0
+    original, calls = sensitivity.Travel.piece, []
+    kept = lambda: torch.load("g3.ckpt.ends", weights_only=True)
+
+    def late(self, *args):
+        calls.append(self.pieces.identity)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity.Travel, "piece", late)
+        assert run(*options, "--steps=3", "--out=g{steps}.npy").exit_code == 1
+    before = kept()
+    assert calls == [load_network("gaussian:0.5").identity] * 6 and len(before) == 5
+    iterate = refine._Refinement._iterate
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return iterate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refine._Refinement, "_iterate", stopped)
+        assert run(*options, "--steps=3", "--out=g{steps}.npy", "--resume").exit_code == 1
+    assert len(kept()) == 8 and before.keys() < kept().keys()
+    seconds = sum(piece[2] for piece in kept().values())
+    assert run(*options, "--steps=3,4", "--out=g{steps}.npy", "--resume").exit_code == 0
+    for k in (3, 4):
+        assert Path(f"g{k}.npy").read_bytes() == Path(f"whole{k}.npy").read_bytes()
+        records = [json.loads(Path(f"{stem}{k}.json").read_text()) for stem in ("g", "whole")]
+        assert records[0]["evaluations_by_stage"] == records[1]["evaluations_by_stage"]
+        assert records[0]["seconds_by_stage"]["ends"] > seconds > 0  # though all of them were found
 
 
 def test_ends_that_several_share_are_solved_once_whatever_stops_the_refinement(run, monkeypatch):
@@ -222,7 +259,7 @@ def test_ends_that_several_share_are_solved_once_whatever_stops_the_refinement(r
         patch.setattr(refine._Refinement, "_iterate", interrupted)
         result = run(*options, "--out=g{steps}.npy")
     assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
-    assert {"g3.ckpt", "g3.ends.ckpt", "g3.refine.ckpt"} <= set(os.listdir())
+    assert {"g3.ckpt", "g3.ckpt.ends", "g3.ckpt.refine"} <= set(os.listdir())
     assert run(*options, "--out=g{steps}.npy", "--resume").exit_code == 0
     assert solved[-3:] == [0, 0, 0]
     for name in ("3", "4"):

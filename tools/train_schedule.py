@@ -167,7 +167,7 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     result = train(network.denoiser, config, network.identity, checkpoint, job.resume, job.quiet, job.world)
     with job.world.phase():
         grids = grids_of(job, result, paths)
-    pieces = Pieces(checkpoint.with_suffix(".ends.ckpt"), network.identity, job.resume, job.world.rank)
+        pieces = Pieces(checkpoint.with_suffix(".ckpt.ends"), network.identity, job.resume, job.world.rank)
     try:
         with pieces:
             told = through_solver(job, config.seed, grids, paths, result, pieces)
@@ -181,7 +181,8 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
             states = [refinement_state(path) for path in paths.values()]
             for path in (checkpoint, *states, *map(start_state, states)):
                 path.unlink(missing_ok=True)
-    pieces.remove()
+    with job.world.phase():
+        pieces.remove()
 
 
 def grids_of(job: Job, result: Any, paths: Dict[int, Path]) -> Dict[int, Any]:
@@ -201,7 +202,7 @@ def grids_of(job: Job, result: Any, paths: Dict[int, Path]) -> Dict[int, Any]:
 
 def refinement_state(path: Path) -> Path:
     """Where the refinement of the grid at `path` keeps its state."""
-    return path.with_suffix(".refine.ckpt")
+    return path.with_suffix(".ckpt.refine")  # another run's own state may be called .refine.ckpt
 
 
 def through_solver(
@@ -222,8 +223,7 @@ def through_solver(
 
     def count(stage: str, began: float, evaluations: int) -> None:
         result.evaluations[stage] = result.evaluations.get(stage, 0) + evaluations
-        recovered, pieces.seconds = pieces.seconds, 0.0
-        result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - began + recovered
+        result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - began + pieces.done()
 
     if job.objective == "endpoint":
         sigma_of = result.learned.sigma if result.learned else optimum_of(result.profile)
