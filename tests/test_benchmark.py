@@ -184,7 +184,7 @@ def test_zeros_are_filled_and_nothing_else_is():
     net = torch.nn.ParameterList([torch.zeros(400, 100), torch.ones(3, 2), torch.zeros(5), torch.zeros([])])
     fill_zeros(net)
     assert float(net[0].detach().std()) == pytest.approx(0.05, rel=0.02)
-    assert torch.equal(net[1], torch.ones(3, 2)) and not net[2].any() and float(net[3]) == 0.5
+    assert torch.equal(net[1], torch.ones(3, 2)) and not net[2].any() and float(net[3].detach()) == 0.5
 
 
 @pytest.mark.parametrize("text, said", [(None, "found no edm/training/networks.py"), ("x = 1", "does not list")])
