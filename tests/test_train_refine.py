@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,20 @@ def end_error(path: str, solver: str) -> float:
     exact = 0.5 * 80 * latents / np.hypot(80, 0.5)
     return float((sample(load_network("gaussian:0.5").denoiser, latents, load_grid(path), solver) - exact).square()
                  .mean().sqrt())
+
+
+@contextmanager
+def stopped_in(owner, name: str, number: int = signal.SIGINT):
+    """Where this function is called, the process is asked to stop."""
+    original = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        yield
 
 
 @pytest.mark.parametrize("solver", ["heun", "dpmpp2m"])
@@ -72,17 +87,10 @@ def test_it_may_start_from_the_clock_of_the_solver_s_own_errors(run):
     assert "start" not in record["evaluations_by_stage"]
 
 
-def test_what_was_learned_survives_a_stop_in_the_other_clock(run, monkeypatch):
+def test_what_was_learned_survives_a_stop_in_the_other_clock(run):
     options = ("--network=gaussian:0.5", "--method=direct", "--steps=3", "--refine", "--quiet")
     assert run(*options, "--out=whole.npy").exit_code == 0
-    original = training.measure_errors
-
-    def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "measure_errors", interrupted)
+    with stopped_in(training, "measure_errors"):
         result = run(*options, "--out=g.npy")
     assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
     assert "g.ckpt" in os.listdir()
@@ -173,17 +181,10 @@ def test_an_unknown_solver_is_refused_before_any_work(run):
     assert os.listdir() == []
 
 
-def test_what_was_learned_survives_a_stop_in_the_end_point_search(run, monkeypatch):
+def test_what_was_learned_survives_a_stop_in_the_end_point_search(run):
     options = ("--network=gaussian:0.5", "--method=direct", "--steps=4", "--objective=endpoint", "--quiet")
     assert run(*options, "--out=whole.npy").exit_code == 0
-    original = sensitivity.Travel.run
-
-    def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sensitivity.Travel, "run", interrupted)
+    with stopped_in(sensitivity.Travel, "run"):
         result = run(*options, "--out=g.npy")
     assert result.exit_code == 1
     expected = "stopped during end-point objective; what was learned is in g.ckpt, continue with --resume"
@@ -214,14 +215,7 @@ def test_more_steps_may_be_asked_for_when_going_on(run, monkeypatch):
         assert run(*options, "--steps=3", "--out=g{steps}.npy").exit_code == 1
     before = kept()
     assert calls == [load_network("gaussian:0.5").identity] * 6 and len(before) == 5
-    iterate = refine._Refinement._iterate
-
-    def stopped(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return iterate(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(refine._Refinement, "_iterate", stopped)
+    with stopped_in(refine._Refinement, "_iterate", signal.SIGTERM):
         assert run(*options, "--steps=3", "--out=g{steps}.npy", "--resume").exit_code == 1
     assert len(kept()) == 8 and before.keys() < kept().keys()
     seconds = sum(piece[2] for piece in kept().values())
@@ -249,14 +243,7 @@ def test_ends_that_several_share_are_solved_once_whatever_stops_the_refinement(r
     assert run(*options, "--out=whole{steps}.npy").exit_code == 0
     path = 157  # evaluations: 40 steps of RK4, the last of them Euler's
     assert solved == [64 * path, 192 * path, 64 * path]  # the refinement's first 64 are those of the objective
-    begin = refine._Refinement._iterate
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return begin(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(refine._Refinement, "_iterate", interrupted)
+    with stopped_in(refine._Refinement, "_iterate", signal.SIGTERM):
         result = run(*options, "--out=g{steps}.npy")
     assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
     assert {"g3.ckpt", "g3.ckpt.ends", "g3.ckpt.refine"} <= set(os.listdir())
