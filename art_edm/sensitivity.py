@@ -224,7 +224,8 @@ class Travel:
                 one more, to a sixth of the middle, so that the step to 0, which is Euler's, is short.
         """
         count, before = len(levels) - 1, self.spent()
-        rows, what = torch.zeros(len(self.noises.latents), count * count, dtype=torch.float64), (levels, middles)
+        rows = torch.zeros(len(self.noises.latents), count * count, dtype=torch.float64)
+        what = ["grown", levels.tolist(), middles.tolist()]
 
         def of(part: slice) -> torch.Tensor:
             x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
@@ -233,7 +234,7 @@ class Travel:
 
         with self.world.phase(), full_precision():
             for part in self._share():
-                rows[part] = self.piece(["grown", *(each.tolist() for each in what)], part, partial(of, part)).cpu()
+                rows[part] = self.piece(what, part, partial(of, part)).cpu()
         return self._sum(rows, before).reshape(-1, count, count)
 
     def _grown(self, slope: Slope, x: torch.Tensor, levels: np.ndarray, middles: np.ndarray) -> torch.Tensor:
