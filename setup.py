@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "art_edm" / "__init__.py").read_text()).group(1)
@@ -17,9 +17,9 @@ setup(
     license="MIT",
     python_requires=">=3.9",
     # The list of known sources is read at run time: an installed package has a copy, a checkout its own file.
-    packages=["art_edm", "art_edm.third_party"],
+    packages=[*find_packages(include=["art_edm", "art_edm.*"]), "art_edm.third_party"],
     package_dir={"art_edm.third_party": "third_party"},
-    package_data={"art_edm": ["weights/*", "paper.json"], "art_edm.third_party": ["upstream.json"]},
+    package_data={"art_edm": ["weights/*"], "art_edm.third_party": ["upstream.json"]},
     install_requires=["torch>=2.0", "numpy", "click", "pillow", "scipy", "requests"],
     extras_require={
         "plot": ["matplotlib"],

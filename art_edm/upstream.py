@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import click
 from click.core import ParameterSource
 
-from .grid import Grid, GridError, load_grid, resample
+from art_edm.grids.grid import Grid, GridError, load_grid, resample
 
 __all__ = ["GRID_SOLVERS", "SIGMA_SLACK", "grid_levels", "schedule_option", "solve"]
 
@@ -89,7 +89,7 @@ def solve(
         GridError: no grid, or churn.
         ValueError: an unknown solver.
     """
-    from .solvers import integrate
+    from art_edm.sampling.solvers import integrate
 
     if grid is None:
         raise GridError(f"found grid_solver = {grid_solver!r} without a grid, which it needs; add grid or leave it out")

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import click
 
-from art_edm.cli import Command
+from art_edm.runtime.cli import Command
 
 SECTIONS = ("start", "share", "run", "paper", "costs", "layouts")
 
@@ -75,11 +75,12 @@ def main(
       python tools/benchmark.py --network=songunet56m --device=cuda      # CIFAR-10's size, random weights
       python tools/benchmark.py --network=songunet56m --only=share --share=8x6
     """
-    from art_edm.benchmarks_networks import benchmark_network
-    from art_edm.benchmarks_report import table
-    from art_edm.cli import command_line, versions
-    from art_edm.distributed import resolve_device
-    from art_edm.files import check_destination, write_json
+    from cost.networks import benchmark_network
+    from cost.table import table
+
+    from art_edm.runtime.cli import command_line, versions
+    from art_edm.runtime.distributed import resolve_device
+    from art_edm.runtime.files import check_destination, write_json
 
     check_destination(out)
     loaded = benchmark_network(network, resolve_device(device), trust=trust_pickle)
@@ -101,10 +102,11 @@ def main(
 
 def sections(denoiser: Any, given: Dict[str, Any]) -> Dict[str, Callable[[], Dict[str, Any]]]:
     """What is measured, by name, in the order of measuring."""
-    from art_edm import benchmarks
-    from art_edm.benchmarks_report import start_up
-    from art_edm.devices import batch_for
-    from art_edm.training import PRESETS
+    from cost import measure as benchmarks
+    from cost.table import start_up
+
+    from art_edm.learning.training import PRESETS
+    from art_edm.models.evaluate import batch_for
 
     cpu = denoiser.device.type == "cpu"
     batch = given["batch"] or (8 if cpu else batch_for(denoiser))
@@ -118,7 +120,7 @@ def sections(denoiser: Any, given: Dict[str, Any]) -> Dict[str, Callable[[], Dic
 
     def costs() -> Dict[str, Any]:
         if not results:  # one more K needs a learned clock; any will do
-            from art_edm.loading import load_network
+            from art_edm.models.loading import load_network
 
             results.append(benchmarks.run(load_network("oned").denoiser, default, None)[0])
         return benchmarks.costs(results[0], denoiser.device)

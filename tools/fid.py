@@ -8,16 +8,22 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import click
 
-from art_edm.cli import Group, command_line, versions
-from art_edm.detectors import Detector, load_detector
-from art_edm.distributed import World, world
-from art_edm.feature_stats import Measured, measure_images
-from art_edm.fid_commands import compare_command, gen_command
-from art_edm.files import check_destination, write_json
-from art_edm.frechet import frechet_distance
-from art_edm.images import ImageSet, lossy_note, open_images
-from art_edm.progress import Progress
-from art_edm.references import Reference, check_reference_destination, few_images, load_reference, save_reference
+from art_edm.compare.commands import compare_command, gen_command
+from art_edm.metrics.detectors import Detector, load_detector
+from art_edm.metrics.feature_stats import Measured, measure_images
+from art_edm.metrics.frechet import frechet_distance
+from art_edm.metrics.image_folders import ImageSet, lossy_note, open_images
+from art_edm.metrics.references import (
+    Reference,
+    check_reference_destination,
+    few_images,
+    load_reference,
+    save_reference,
+)
+from art_edm.runtime.cli import Group, command_line, versions
+from art_edm.runtime.distributed import World, world
+from art_edm.runtime.files import check_destination, write_json
+from art_edm.runtime.progress import Progress
 
 METRICS = ("fid", "is")
 

@@ -11,10 +11,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import click
 from click.core import ParameterSource
 
-from art_edm import grid as grids
-from art_edm.cli import Group
-from art_edm.files import check_destination, sha256_of
-from art_edm.grid import (
+from art_edm.grids import grid as grids
+from art_edm.grids.grid import (
     RULES,
     Grid,
     GridError,
@@ -24,9 +22,11 @@ from art_edm.grid import (
     resample,
     save_grid,
 )
-from art_edm.interop import ENDS, check_list_destination, finish, list_file, list_text, read_list, write_list
-from art_edm.plots import check_plotting, plot_grid
-from art_edm.solvers import SOLVERS, nfe
+from art_edm.grids.lists import ENDS, check_list_destination, finish, list_file, list_text, read_list, write_list
+from art_edm.grids.plots import check_plotting, plot_grid
+from art_edm.runtime.cli import Group
+from art_edm.runtime.files import check_destination, sha256_of
+from art_edm.sampling.solvers import SOLVERS, nfe
 
 FILE = click.Path(path_type=Path)
 

@@ -15,8 +15,8 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import click
 
-from art_edm.cli import Command
-from art_edm.files import atomic_write
+from art_edm.runtime.cli import Command
+from art_edm.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"edm": "generate.py", "edm2": "generate_images.py"}

@@ -8,7 +8,7 @@ from typing import Optional, Tuple
 
 import click
 
-from art_edm.cli import Command
+from art_edm.runtime.cli import Command
 
 
 @click.command(cls=Command)
@@ -50,14 +50,15 @@ def main(
       python tools/reproduce.py --list
       torchrun --standalone --nproc_per_node=8 tools/reproduce.py table2 --networks=downloads
     """
-    from art_edm.cells import Cells
-    from art_edm.distributed import world
-    from art_edm.files import cache_dir
-    from art_edm.laboratory import Lab
-    from art_edm.plots import check_plotting
-    from art_edm.progress import GracefulStop
-    from art_edm.recipes import TABLES, select
-    from art_edm.reproduction import lacking, reproduce
+    from paper.context import Lab
+    from paper.experiments import TABLES, select
+    from paper.run_all import lacking, reproduce
+
+    from art_edm.grids.plots import check_plotting
+    from art_edm.runtime.distributed import world
+    from art_edm.runtime.files import cache_dir
+    from art_edm.runtime.progress import GracefulStop
+    from art_edm.runtime.store import Cells
 
     say = (lambda text: None) if quiet else click.echo
     chosen = select(names)

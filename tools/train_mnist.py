@@ -11,27 +11,21 @@ from typing import Any, Dict, List, Optional, Tuple
 import click
 import numpy as np
 import torch
+from mnist.judge import accuracy, fid_with_error, lenet_features, measured_features
+from mnist.train_networks import ScoreConfig, read_checkpoint, read_snapshot, snapshot_path, train_lenet, train_score
 
-from art_edm.cli import Command, command_line, versions
-from art_edm.denoiser import Denoiser
-from art_edm.evaluation import (
-    Moments,
-    accuracy,
-    fid_with_error,
-    generate,
-    lenet_features,
-    measured_features,
-    sample_sheet,
-)
-from art_edm.features import LeNet
-from art_edm.files import check_destination, sha256_of, write_json
-from art_edm.frechet import frechet_distance, moments
-from art_edm.grid import Grid, edm
-from art_edm.loading import NetworkError, load_lenet, load_network, save_lenet, save_network
-from art_edm.mnist import load_mnist, to_images
-from art_edm.pretrain import ScoreConfig, read_checkpoint, read_snapshot, snapshot_path, train_lenet, train_score
-from art_edm.progress import GracefulStop, Progress, Stopped
-from art_edm.solvers import nfe
+from art_edm.grids.grid import Grid, edm
+from art_edm.metrics.frechet import Moments, frechet_distance, moments
+from art_edm.metrics.mnist import load_mnist, to_images
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.lenet import LeNet
+from art_edm.models.loading import NetworkError, load_lenet, load_network, save_lenet, save_network
+from art_edm.runtime.cli import Command, command_line, versions
+from art_edm.runtime.errors import Stopped
+from art_edm.runtime.files import check_destination, sha256_of, write_json
+from art_edm.runtime.progress import GracefulStop, Progress
+from art_edm.sampling.generate import generate, sample_sheet
+from art_edm.sampling.solvers import nfe
 
 RESULTS = ("mnist.pt", "lenet.pt", "mnist.json", "mnist.png")
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import click
 
-from art_edm.cli import Command
+from art_edm.runtime.cli import Command
 
 
 def parse_steps(context: click.Context, parameter: click.Parameter, text: str) -> Tuple[int, ...]:
@@ -30,7 +30,7 @@ def parse_steps(context: click.Context, parameter: click.Parameter, text: str) -
 
 def destinations(out: Optional[str], name: str, steps: Tuple[int, ...]) -> Dict[int, Path]:
     """One path per number of steps, each checked to be writable before any work."""
-    from art_edm.grid import check_grid_destination
+    from art_edm.grids.grid import check_grid_destination
 
     pattern = out or f"art_{name}{{steps}}.npy"
     if len(steps) > 1 and "{steps}" not in pattern:
@@ -43,7 +43,7 @@ def configure(preset: str, given: Dict[str, Any]) -> Any:
     """The preset's configuration with the options that were given."""
     from dataclasses import replace
 
-    from art_edm.training import PRESETS, live
+    from art_edm.learning.training import PRESETS, live
 
     config = PRESETS[preset]
     if given["rollout"] == "live" and config.rollout != "live":
@@ -104,12 +104,11 @@ def main(
     """
     from dataclasses import replace
 
-    from art_edm.distributed import world
-    from art_edm.loading import load_network
-    from art_edm.local_errors import order_of
-    from art_edm.plots import check_plotting
-    from art_edm.refine import check_refinable
-    from art_edm.solvers import nfe
+    from art_edm.grids.plots import check_plotting
+    from art_edm.models.loading import load_network
+    from art_edm.refining.refine import check_refinable
+    from art_edm.runtime.distributed import world
+    from art_edm.sampling.solvers import nfe, order_of
 
     with world(device) as here:
         with here.phase():  # everything that can fail early
@@ -155,11 +154,10 @@ class Job(NamedTuple):
 
 def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
     """One run, its grids, and what it has to say."""
-    from art_edm.denoiser import NonFiniteOutput
-    from art_edm.pieces import Pieces
-    from art_edm.progress import Stopped
-    from art_edm.refined import start_state
-    from art_edm.training import train
+    from art_edm.learning.training import train
+    from art_edm.refining.refine_all import start_state
+    from art_edm.runtime.errors import NonFiniteOutput, Stopped
+    from art_edm.runtime.pieces import Pieces
 
     network, checkpoint = job.network, next(iter(paths.values())).with_suffix(".ckpt")
     if job.resume and not checkpoint.exists() and not job.quiet:
@@ -187,7 +185,7 @@ def one(job: Job, config: Any, paths: Dict[int, Path]) -> None:
 
 def grids_of(job: Job, result: Any, paths: Dict[int, Path]) -> Dict[int, Any]:
     """The learned grids."""
-    from art_edm.solvers import fitted
+    from art_edm.sampling.solvers import fitted
 
     grids = {}
     for k in paths:
@@ -214,9 +212,9 @@ def through_solver(
     """
     from dataclasses import replace
 
-    from art_edm.endpoint import CHOOSE, end_point_grids
-    from art_edm.growth import optimum_of
-    from art_edm.refined import RefineConfig, refined_grids
+    from art_edm.refining.endpoint_objective import CHOOSE, end_point_grids
+    from art_edm.refining.error_growth import optimum_of
+    from art_edm.refining.refine_all import RefineConfig, refined_grids
 
     told: Dict[int, Dict[str, Any]] = {k: {} for k in grids}
     denoiser, common = job.network.denoiser, (job.quiet, job.world)
@@ -245,9 +243,9 @@ def finish(
     told: Dict[int, Dict[str, Any]],
 ) -> None:
     """Write the grids and their sidecars and pictures, and show their scores."""
-    from art_edm import report
-    from art_edm.grid import save_grid
-    from art_edm.plots import plot_run
+    from art_edm.grids.grid import save_grid
+    from art_edm.learning import provenance as report
+    from art_edm.learning.plots import plot_run
 
     network, began, records = job.network, time.perf_counter(), []
     for k, path in paths.items():

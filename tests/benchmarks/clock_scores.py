@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import click
+from paper.context import Lab
+from paper.tables.fid_cells import pooled
 
-from art_edm.cells import Cells
-from art_edm.distributed import ALONE
-from art_edm.experiment import Samples, features
-from art_edm.files import write_json
-from art_edm.grid import Grid
-from art_edm.image_cells import pooled
-from art_edm.laboratory import Lab
-from art_edm.solvers import nfe
-from art_edm.uncertainty import Measurement, difference
+from art_edm.compare.sample_cache import Samples, features
+from art_edm.grids.grid import Grid
+from art_edm.metrics.standard_errors import Measurement, difference
+from art_edm.runtime.distributed import ALONE
+from art_edm.runtime.files import write_json
+from art_edm.runtime.store import Cells
+from art_edm.sampling.solvers import nfe
 
 from .solver_clocks import RULES, STEPS, Bench
 

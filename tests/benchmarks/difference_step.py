@@ -25,10 +25,10 @@ from typing import Dict, Iterator, Optional, Sequence, Tuple
 import click
 import torch
 
-from art_edm.analytic import GaussianDenoiser, MixtureDenoiser
-from art_edm.denoiser import Denoiser
-from art_edm.field import drift, rms, surrogate
-from art_edm.unet import ScoreUNet
+from art_edm.measure.field import drift, rms, surrogate
+from art_edm.models.analytic import GaussianDenoiser, MixtureDenoiser
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.unet import ScoreUNet
 
 STEPS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LEVELS = (60.0, 20.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.005, 0.002)

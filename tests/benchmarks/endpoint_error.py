@@ -13,14 +13,14 @@ import click
 import numpy as np
 import torch
 
-from art_edm.denoiser import Denoiser
-from art_edm.field import rms
-from art_edm.files import write_json
-from art_edm.grid import Grid, edm
-from art_edm.loading import load_network
-from art_edm.report import hand_made
-from art_edm.solvers import sample
-from art_edm.training import PRESETS, train
+from art_edm.grids.grid import Grid, edm
+from art_edm.learning.training import PRESETS, train
+from art_edm.measure.field import rms
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import load_network
+from art_edm.runtime.files import write_json
+from art_edm.sampling.baselines import hand_made
+from art_edm.sampling.solvers import sample
 
 
 def errors(denoiser: Denoiser, grids: Dict[str, Grid], solver: str, latents: torch.Tensor, fine: torch.Tensor) -> dict:

@@ -19,16 +19,16 @@ from typing import Any, Dict, List, Optional, Tuple
 import click
 import numpy as np
 import torch
+from paper.tables.empirical_fields import cifar10_images, empirical, mnist_images
 from PIL import Image
 
-from art_edm.clock import GaussianClock
-from art_edm.denoiser import Denoiser
-from art_edm.files import write_json
-from art_edm.image_fields import cifar10_images, empirical, mnist_images
-from art_edm.loading import load_network
-from art_edm.profile import Profile, smoothed
-from art_edm.training import PRESETS, train
-from art_edm.trajectories import measure_along, measure_profile
+from art_edm.grids.clocks import GaussianClock
+from art_edm.learning.training import PRESETS, train
+from art_edm.measure.dense_paths import measure_along, measure_profile
+from art_edm.measure.profile import Profile, smoothed
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import load_network
+from art_edm.runtime.files import write_json
 
 POINTS, TRAJECTORIES = (22, 43, 85, 128), (2, 4, 8, 16, 24, 48)
 THREE = (8, 16, 28)  # points of the profiles with three evaluations each

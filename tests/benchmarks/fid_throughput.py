@@ -29,13 +29,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from art_edm.cli import versions
-from art_edm.files import write_json
-from art_edm.images import ImageSet, open_images
+from art_edm.metrics.image_folders import ImageSet, open_images
+from art_edm.runtime.cli import versions
+from art_edm.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from fid_standin import StandIn, run_upstream, save_pickle, upstream_folder  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from tests.support.fid_standin import StandIn, run_upstream, save_pickle, upstream_folder  # noqa: E402
 
 DIM = 2048  # upstream's script knows no other
 
@@ -72,7 +72,7 @@ def run_ours(arguments: List[str], detector: Path, threads: int) -> None:
     """tools/fid.py in a process of its own."""
     call = [sys.executable, str(ROOT / "tools" / "fid.py"), *arguments, f"--detector={detector}", "--trust-pickle",
             "--device=cpu"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     subprocess.run(call, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -4,7 +4,7 @@ Symbols
 -------
 d          number of features
 rank       of the first covariance: d, or less where there are fewer images than features
-ours       seconds of `art_edm.frechet.frechet_distance`
+ours       seconds of `art_edm.metrics.frechet.frechet_distance`
 sqrtm      seconds of the same distance by scipy.linalg.sqrtm, as EDM's and EDM2's scripts take it
 exact      the distance from the features themselves: tr (cov1 cov2)^(1/2) is the sum of the singular values of
            X1 X2^T / sqrt((n1 - 1)(n2 - 1)) for centred features X [n, d], and no covariance is formed
@@ -26,9 +26,9 @@ import numpy as np
 import scipy
 import scipy.linalg
 
-from art_edm.cli import versions
-from art_edm.files import write_json
-from art_edm.frechet import frechet_distance, moments
+from art_edm.metrics.frechet import frechet_distance, moments
+from art_edm.runtime.cli import versions
+from art_edm.runtime.files import write_json
 
 CASES = ((64, 600), (64, 40), (512, 1500), (512, 300), (2048, 5000), (2048, 1500))  # d, images
 

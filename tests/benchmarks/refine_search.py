@@ -18,21 +18,21 @@ import click
 import numpy as np
 import torch
 
-from art_edm.analytic import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
-from art_edm.cells import Cells
-from art_edm.clock import make_clock
-from art_edm.config import TrainConfig
-from art_edm.denoiser import Denoiser
-from art_edm.descent import parameters_of
-from art_edm.field import rms
-from art_edm.files import write_json
-from art_edm.grid import Grid, edm, edm_unpinned
-from art_edm.loading import load_network
-from art_edm.refine import RefineConfig, refine
-from art_edm.refined import starts
-from art_edm.solvers import SOLVERS, integrate, sample, slope_of
-from art_edm.training import train
-from art_edm.trajectories import measure_along
+from art_edm.grids.clocks import make_clock
+from art_edm.grids.grid import Grid, edm, edm_unpinned
+from art_edm.learning.config import TrainConfig
+from art_edm.learning.training import train
+from art_edm.measure.dense_paths import measure_along
+from art_edm.measure.field import rms
+from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import load_network
+from art_edm.refining.levenberg_marquardt import parameters_of
+from art_edm.refining.refine import RefineConfig, refine
+from art_edm.refining.refine_all import starts
+from art_edm.runtime.files import write_json
+from art_edm.runtime.store import Cells
+from art_edm.sampling.solvers import SOLVERS, integrate, sample, slope_of
 
 HELD, SEARCHED, STARTED = 256, 64, 24  # noises that judge, of the long search, of ART's profile
 SEEDS = {"held": 9001, "searched": 9002, "art": 9003}

@@ -13,14 +13,14 @@ import click
 import numpy as np
 import torch
 
-from art_edm.analytic import GaussianDenoiser
-from art_edm.clock import GaussianClock, make_clock
-from art_edm.denoiser import Denoiser
-from art_edm.files import write_json
-from art_edm.loading import load_network
-from art_edm.profile import Profile
-from art_edm.training import PRESETS, TrainConfig, TrainResult, live, train
-from art_edm.trajectories import measure_profile
+from art_edm.grids.clocks import GaussianClock, make_clock
+from art_edm.learning.training import PRESETS, TrainConfig, TrainResult, live, train
+from art_edm.measure.dense_paths import measure_profile
+from art_edm.measure.profile import Profile
+from art_edm.models.analytic import GaussianDenoiser
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import load_network
+from art_edm.runtime.files import write_json
 
 ENDS = {"K": [2, 5, 10, 20, 50, 100]}
 

@@ -27,14 +27,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import click
 import torch
 
-from art_edm.cli import versions
-from art_edm.files import write_json
-from art_edm.grid import load_grid
-from art_edm.loading import load_network
-from art_edm.solvers import sample
+from art_edm.grids.grid import load_grid
+from art_edm.models.loading import load_network
+from art_edm.runtime.cli import versions
+from art_edm.runtime.files import write_json
+from art_edm.sampling.solvers import sample
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from survival import SCRIPT, STAGES, durations, finished, grids, kill_in, whole_or_absent  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.support.survival import SCRIPT, STAGES, durations, finished, grids, kill_in, whole_or_absent  # noqa: E402
 
 NETWORKS = ("oned", "gaussian:0.5", "mnist")
 LONG = ["--network=mnist", "--steps=2,3,5,7,10,18", "--out=g{steps}.npy", "--trajectories=4", "--iterations=24"]

@@ -15,24 +15,24 @@ from typing import Any, Dict, List, Optional, Tuple
 import click
 import numpy as np
 import torch
+from paper.tables.empirical_fields import cifar10_images, empirical, mnist_images
 
-from art_edm.cells import Cells
-from art_edm.cli import command_line
-from art_edm.config import TrainConfig
-from art_edm.endpoint import CHOOSE, confirm, draw_apart
-from art_edm.exact_ends import draw_noises
-from art_edm.field import rms
-from art_edm.files import write_json
-from art_edm.grid import Grid, edm, edm_unpinned, save_grid
-from art_edm.growth import Growth, choose_growth, measure_growth, optimum_of
-from art_edm.image_fields import cifar10_images, empirical, mnist_images
-from art_edm.loading import Network, load_network
-from art_edm.profile import Profile
-from art_edm.refine import RefineConfig, refine
-from art_edm.refine_state import Drawn
-from art_edm.refined import starts
-from art_edm.solvers import fitted, nfe, sample
-from art_edm.training import train
+from art_edm.grids.grid import Grid, edm, edm_unpinned, save_grid
+from art_edm.learning.config import TrainConfig
+from art_edm.learning.training import train
+from art_edm.measure.field import rms
+from art_edm.measure.profile import Profile
+from art_edm.models.loading import Network, load_network
+from art_edm.refining.config import Drawn
+from art_edm.refining.endpoint_objective import CHOOSE, confirm, draw_apart
+from art_edm.refining.error_growth import Growth, choose_growth, measure_growth, optimum_of
+from art_edm.refining.noise_sets import draw_noises
+from art_edm.refining.refine import RefineConfig, refine
+from art_edm.refining.refine_all import starts
+from art_edm.runtime.cli import command_line
+from art_edm.runtime.files import write_json
+from art_edm.runtime.store import Cells
+from art_edm.sampling.solvers import fitted, nfe, sample
 
 STEPS = (3, 5, 7, 10, 18)
 RULES = ("edm", "art", "own", "endpoint", "refined")

@@ -26,18 +26,18 @@ from typing import Any, Dict, List, Optional
 import click
 import numpy as np
 import torch
+from paper.tables.empirical_fields import cifar10_images, empirical, mnist_images
 
-from art_edm.analytic import GaussianDenoiser, MixtureDenoiser
-from art_edm.clock import GaussianClock
-from art_edm.denoiser import Denoiser
-from art_edm.field import rms
-from art_edm.files import write_json
-from art_edm.image_fields import cifar10_images, empirical, mnist_images
-from art_edm.loading import load_network
-from art_edm.local_errors import measure_errors
-from art_edm.profile import Profile
-from art_edm.solvers import SOLVERS, euler_step, fitted, sample, slope_of
-from art_edm.trajectories import measure_along
+from art_edm.grids.clocks import GaussianClock
+from art_edm.measure.dense_paths import measure_along
+from art_edm.measure.field import rms
+from art_edm.measure.local_errors import measure_errors
+from art_edm.measure.profile import Profile
+from art_edm.models.analytic import GaussianDenoiser, MixtureDenoiser
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import load_network
+from art_edm.runtime.files import write_json
+from art_edm.sampling.solvers import SOLVERS, euler_step, fitted, sample, slope_of
 
 STEPS = (3, 5, 10)
 POINTS = 85

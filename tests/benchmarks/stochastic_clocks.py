@@ -22,24 +22,25 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import click
 import numpy as np
 import torch
+from paper.tables.fid_cells import pooled
 from scipy.optimize import minimize
 
-from art_edm.clock import GaussianClock
-from art_edm.denoiser import Denoiser
-from art_edm.descent import levels_of, parameters_of
-from art_edm.detectors import load_detector
-from art_edm.field import rms
-from art_edm.files import write_json
-from art_edm.frechet import moments
-from art_edm.grid import Grid
-from art_edm.image_cells import pooled
-from art_edm.loading import load_network
-from art_edm.mnist import load_mnist
-from art_edm.report import hand_made
-from art_edm.solvers import fitted, supported
-from art_edm.stochastic import measure_stochastic, sample_sde
-from art_edm.trajectories import measure_along
-from art_edm.uncertainty import difference
+from art_edm.grids.clocks import GaussianClock
+from art_edm.grids.grid import Grid
+from art_edm.measure.dense_paths import measure_along
+from art_edm.measure.field import rms
+from art_edm.measure.sde_errors import measure_stochastic
+from art_edm.metrics.detectors import load_detector
+from art_edm.metrics.frechet import moments
+from art_edm.metrics.mnist import load_mnist
+from art_edm.metrics.standard_errors import difference
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import load_network
+from art_edm.refining.levenberg_marquardt import levels_of, parameters_of
+from art_edm.runtime.files import write_json
+from art_edm.sampling.baselines import hand_made
+from art_edm.sampling.sde import sample_sde
+from art_edm.sampling.solvers import fitted, supported
 
 STEPS = (3, 5, 7, 10, 18, 36)
 SETTINGS = ((1.0, "ancestral"), (1.0, "euler"), (0.5, "ancestral"))  # beta and kind of step; networks: the first two

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from art_edm.cli import versions
-from art_edm.clock import GaussianClock
-from art_edm.denoiser import Denoiser
-from art_edm.field import rms
-from art_edm.files import write_json
-from art_edm.grid import edm
-from art_edm.loading import load_network
-from art_edm.profile import Profile
-from art_edm.solvers import sample
-from art_edm.trajectories import measure_along, measure_profile
+from art_edm.grids.clocks import GaussianClock
+from art_edm.grids.grid import edm
+from art_edm.measure.dense_paths import measure_along, measure_profile
+from art_edm.measure.field import rms
+from art_edm.measure.profile import Profile
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import load_network
+from art_edm.runtime.cli import versions
+from art_edm.runtime.files import write_json
+from art_edm.sampling.solvers import sample
 
 PRODUCTS = {"conv2d", "conv_transpose2d", "linear", "matmul", "__matmul__", "bmm", "addmm", "baddbmm", "einsum"}
 

@@ -15,13 +15,13 @@ from typing import Any, Dict, Tuple
 
 import click
 import torch
+from mnist.train_networks import score_loss, stratified_sigma
 
-from art_edm.cli import Command
-from art_edm.files import atomic_write, save_tensors
-from art_edm.mnist import load_mnist, to_images
-from art_edm.pretrain import score_loss, stratified_sigma
-from art_edm.progress import Progress
-from art_edm.seeding import seeded_generator
+from art_edm.metrics.mnist import load_mnist, to_images
+from art_edm.runtime.cli import Command
+from art_edm.runtime.files import atomic_write, save_tensors
+from art_edm.runtime.progress import Progress
+from art_edm.sampling.noise import seeded_generator
 
 SIZE = dict(
     model_type="SongUNet", model_channels=24, channel_mult=[1, 2, 2], num_blocks=1, attn_resolutions=[], dropout=0.0,

@@ -20,16 +20,16 @@ from typing import Any, Dict, Tuple
 import click
 import torch
 
-from art_edm.cli import Command
-from art_edm.field import rms
-from art_edm.files import sha256_of, write_json
-from art_edm.grid import load_grid
-from art_edm.loading import load_network
-from art_edm.solvers import sample
+from art_edm.grids.grid import load_grid
+from art_edm.measure.field import rms
+from art_edm.models.loading import load_network
+from art_edm.runtime.cli import Command
+from art_edm.runtime.files import sha256_of, write_json
+from art_edm.sampling.solvers import sample
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from shim import run_jobs  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from tests.support.shim import run_jobs  # noqa: E402
 
 
 def patched_copy(folder: Path) -> Path:

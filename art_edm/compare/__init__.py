@@ -1,0 +1,1 @@
+"""Scores of grids that are sampled here, or of folders that were sampled elsewhere."""

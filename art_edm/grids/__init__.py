@@ -1,0 +1,1 @@
+"""The grid type, its rules, clocks, and other programs' lists of noise levels."""

@@ -1,0 +1,1 @@
+"""What is measured along dense paths, and the exact optimum."""

@@ -1,0 +1,118 @@
+"""The local error of the solver in use, measured along exact paths by the solver's own steps.
+
+Symbols
+-------
+p       order of the solver
+h       length of a step, sigma - sigma_next
+e       x_next of one step from the exact path, less the exact path at sigma_next, [B, C, H, W]
+C_p     RMS(e) / h^(p + 1): takes the place of |Q|, which is C_1 of Euler's method but for the factor 1/2
+stride  levels of the dense trajectory that a step spans: about as long as a step of the grids that will be used,
+        since the law h^(p + 1) holds for short steps only
+
+The dense trajectory is exact next to a step that spans several of its intervals. Its own evaluations are the first
+stage of every step and all the past of multistep solvers, so that those, and Euler's method, cost nothing more; a
+step of Heun's method costs one evaluation more, of RK4 three.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Callable, Deque, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+
+from art_edm.grids.clocks import Clock
+from art_edm.measure.dense_paths import BATCH, OnStep, advance, extrapolated, supported_levels, travel
+from art_edm.measure.field import Surrogate, evaluate, rms
+from art_edm.measure.profile import Profile
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.evaluate import FiniteCheck
+from art_edm.runtime.distributed import ALONE, World
+from art_edm.sampling.multistep import Past
+from art_edm.sampling.solvers import _PAST, SOLVERS, order_of
+
+__all__ = ["STRIDE", "at_middles", "measure_errors"]
+
+STRIDE = 8
+
+
+class _Point(NamedTuple):
+    """A point of the dense trajectory."""
+
+    level: torch.Tensor  # []
+    x: torch.Tensor
+    denoised: torch.Tensor
+
+
+def measure_errors(
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
+    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
+    solver: str = "heun", stride: int = STRIDE,
+) -> Profile:
+    """As `trajectories.measure_along`, with C_p of a solver in place of |Q|.
+
+    C_p of a step belongs to the geometric middle of its levels; beyond the first and the last it is held constant.
+
+    Args:
+        solver: a name in `solvers.SOLVERS`.
+        stride: levels that a step spans, less than `points`.
+    Returns:
+        A profile of that solver's order. M P evaluations for Euler and multistep solvers, about 2 M P for Heun,
+        4 M P for RK4.
+    Raises:
+        ValueError: an unknown solver, or fewer levels than a step spans.
+        NonFiniteOutput: the denoiser returned NaN or infinity.
+    """
+    levels, order = supported_levels(denoiser, clock, points), order_of(solver)
+    if len(levels) < stride + 2:
+        raise ValueError(f"found {len(levels)} noise levels, expected at least {stride + 2} for the errors of {solver}")
+    length = levels[:-stride] - levels[stride:]  # h, [n]
+
+    def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
+        columns, slopes, check = [], [torch.zeros_like(x)], FiniteCheck(x.device)
+        window: Deque[_Point] = deque(maxlen=stride * (1 + _PAST.get(solver, 0)) + 1)
+        for k, level in enumerate(levels):
+            denoised = evaluate(denoiser, x, level, labels, check.see)
+            if window:
+                slopes = [*slopes[-1:], (denoised - window[-1].denoised) / (level - levels[k - 1])]
+            window.append(_Point(x.new_full((), level), x, denoised))
+            if k >= stride:
+                end = _step(denoiser, labels, check, solver, list(window)[::-1][::stride][::-1])
+                columns.append(rms(end - x) / length[k - stride] ** (order + 1))
+            if k + 1 < len(levels):
+                sigma, target = x.new_full((len(x),), level), x.new_full((len(x),), levels[k + 1])
+                x = advance(x, Surrogate(denoised, extrapolated(slopes, levels, k), None), sigma, target)
+            tell()
+        check.settle()
+        return torch.stack(columns, dim=1)  # [b, n]
+
+    began = time.perf_counter()
+    norm, evaluations = travel(denoiser, latents, clock, norms, len(length), batch, class_labels, on_step, world)
+    return Profile(clock, *at_middles(levels, stride, norm), evaluations, time.perf_counter() - began, order)
+
+
+def at_middles(levels: np.ndarray, stride: int, norm: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Where the errors [M, n] of steps over `stride` of the levels [P] belong, and they: [n + 2] and [M, n + 2].
+
+    Each belongs to the geometric middle of its step; beyond the first and the last they are held constant.
+    """
+    middle = np.sqrt(levels[:-stride] * levels[stride:])
+    held = np.concatenate([norm[:, :1], norm, norm[:, -1:]], axis=1)
+    return np.concatenate([levels[:1], middle, levels[-1:]]), held
+
+
+def _step(
+    denoiser: Denoiser, labels: Optional[torch.Tensor], check: FiniteCheck, solver: str, path: "list[_Point]"
+) -> torch.Tensor:
+    """One step of the solver from the last point but one of `path` to the level of the last, after those before it."""
+    past: Past = ()
+    for start, after in zip(path, path[1:]):
+
+        def slope(x: torch.Tensor, sigma: torch.Tensor, start: _Point = start) -> torch.Tensor:
+            known = x is start.x
+            return (x - (start.denoised if known else evaluate(denoiser, x, float(sigma), labels, check.see))) / sigma
+
+        end, past = SOLVERS[solver](slope, start.x, start.level, after.level, past)
+    return end

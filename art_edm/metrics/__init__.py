@@ -1,0 +1,1 @@
+"""Detectors, moments, FID and its relatives, references, standard errors."""

@@ -1,0 +1,202 @@
+"""Feature detectors by name or path: what turns images into the features that distances are taken between.
+
+    inception     NVIDIA's Inception-v3, downloaded once; the network of the published FIDs
+    lenet         the bundled LeNet: 84 penultimate features of grey 28 x 28 images (section 6.4)
+    F.pt, URL     any TorchScript that is called alike: net(x, return_features=True) -> [B, d]; for the Inception
+                  score net(x, no_output_bias=True) -> class probabilities [B, k]; x uint8 [B, 3, H, W]
+    F.pkl, URL    a pickled network with the same call. Reading it runs code that is in it
+
+Grey images are repeated to three channels, except for LeNet.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any, Optional, Tuple
+
+import torch
+from torch.nn import functional
+
+from art_edm.models.lenet import LeNet
+from art_edm.models.loading import bundled, load_lenet
+from art_edm.runtime.download import download, is_url
+from art_edm.runtime.files import sha256_of
+
+__all__ = ["INCEPTION_SHA256", "INCEPTION_URL", "CallDetector", "Detector", "DetectorError", "LeNetDetector",
+           "load_detector"]
+
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+
+
+class DetectorError(ValueError):
+    """A detector that cannot be used; the message is one line."""
+
+
+class Detector:
+    """What any detector offers.
+
+    Attributes:
+        name: short, for messages and provenance.
+        sha256: of the file it came from.
+        dim: number of features d.
+        classes: number of class probabilities k; 0 if it has none, or none were asked for.
+    """
+
+    name: str
+    sha256: str
+    dim: int
+    classes: int
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, C, H, W] -> features [B, d]."""
+        raise NotImplementedError
+
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, C, H, W] -> class probabilities [B, k]."""
+        raise NotImplementedError
+
+
+class LeNetDetector(Detector):
+    """The bundled LeNet, or another one, on grey images of 28 x 28 pixels."""
+
+    dim, classes = LeNet.num_features, 10
+
+    def __init__(self, net: LeNet, sha256: str) -> None:
+        self.name, self.sha256, self._net = "lenet", sha256, net
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self._net.features(images.to(torch.float32) / 127.5 - 1)
+
+    @torch.no_grad()
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        return functional.softmax(self._net(images.to(torch.float32) / 127.5 - 1), dim=1)
+
+
+class CallDetector(Detector):
+    """A network that is called as NVIDIA's Inception is; `dim` and `classes` are found by one black image.
+
+    Args:
+        net: callable, already on the device.
+        shape: (C, H, W) of the images to come.
+        scores: whether probabilities will be asked for.
+    Raises:
+        DetectorError: the network cannot be called in this way.
+    """
+
+    def __init__(
+        self, net: Any, name: str, sha256: str, shape: Tuple[int, int, int], device: torch.device, scores: bool = False
+    ) -> None:
+        self.name, self.sha256, self._net = name, sha256, net
+        black = torch.zeros(1, *shape, dtype=torch.uint8, device=device)
+        self.dim = self._width(self.features, black, "return_features=True")
+        self.classes = self._width(self.probabilities, black, "no_output_bias=True") if scores else 0
+
+    def _width(self, call: Any, image: torch.Tensor, how: str) -> int:
+        try:
+            values, found = call(image), ""
+            if not isinstance(values, torch.Tensor) or values.ndim != 2 or not values.is_floating_point():
+                shape = f" of shape {list(values.shape)}" if isinstance(values, torch.Tensor) else ""
+                found = f"{type(values).__name__}{shape}"
+            elif call == self.probabilities and (values.min() < 0 or abs(float(values.sum()) - 1) > 1e-3):
+                found = f"values that add up to {float(values.sum()):g}"
+        except Exception as error:  # whatever a foreign network raises
+            found = f"{type(error).__name__} ({_last_line(error)})"
+        if found:
+            wanted = "probabilities [B, k]" if call == self.probabilities else "floats [B, d]"
+            raise DetectorError(f"{self.name}: net(images, {how}) gave {found} for a black image {list(image.shape)}, "
+                                f"expected {wanted}; is it a detector such as NVIDIA's?")
+        return values.shape[1]
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self._net(_as_rgb(images), return_features=True)
+
+    @torch.no_grad()
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        return self._net(_as_rgb(images), no_output_bias=True)
+
+
+def load_detector(
+    spec: str, shape: Tuple[int, int, int], device: torch.device, scores: bool = False, sha256: Optional[str] = None,
+    trust_pickle: bool = False, quiet: bool = False,
+) -> Detector:
+    """The detector that `spec` (see the module's docstring) names, ready for images of `shape` (C, H, W).
+
+    Args:
+        scores: make sure that it gives class probabilities.
+        sha256: what its file must have; None accepts any, except of `inception`, which is pinned.
+        trust_pickle: allow a .pkl to run its code.
+    Raises:
+        DetectorError: it cannot be used; one line.
+        DownloadError, DownloadRefused: of a URL.
+    """
+    if spec == "lenet":
+        if tuple(shape) != (1, 28, 28):
+            size = f"{shape[2]}x{shape[1]} with {shape[0]} channel(s)"
+            raise DetectorError(f"found images of {size}, expected grey 28x28 for LeNet; choose another --detector")
+        path = _verified(bundled("lenet.pt"), sha256)
+        return LeNetDetector(load_lenet(path).to(device), sha256_of(path))
+    if spec == "inception":
+        spec, sha256 = INCEPTION_URL, sha256 or INCEPTION_SHA256
+    pickled = spec.split("?")[0].lower().endswith(".pkl")
+    if pickled and not trust_pickle:
+        raise DetectorError(f"{spec}: found a pickle, which runs code when read, expected a TorchScript (.pt); "
+                            "add --trust-pickle if you trust its source")
+    path = _verified(_locate(spec, sha256, quiet), sha256)
+    net = _read_pickle(path, device) if pickled else _read_script(path, device)
+    digest = sha256_of(path)
+    return CallDetector(net, "inception" if digest == INCEPTION_SHA256 else spec, digest, shape, device, scores)
+
+
+def _locate(spec: str, sha256: Optional[str], quiet: bool) -> Path:
+    if is_url(spec):
+        return download(spec, sha256=sha256, quiet=quiet)
+    path = Path(spec)
+    if not path.is_file():
+        raise DetectorError(f"{spec}: found no such file, expected inception, lenet, a path or an address; "
+                            "correct --detector")
+    return path
+
+
+def _verified(path: Path, sha256: Optional[str]) -> Path:
+    if sha256 is not None and sha256_of(path) != sha256.lower():
+        raise DetectorError(f"{path}: found SHA-256 {sha256_of(path)}, expected {sha256}; it is damaged or another "
+                            "file: get it again")
+    return path
+
+
+def _read_script(path: Path, device: torch.device) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates TorchScript, of which the published network is
+            return torch.jit.load(str(path), map_location=device).eval()
+    except Exception as error:  # torch raises several kinds for damaged files
+        found = f"no readable TorchScript ({type(error).__name__}: {_last_line(error)})"
+        raise DetectorError(f"{path}: found {found}, expected one; get it again") from None
+
+
+def _read_pickle(path: Path, device: torch.device) -> Any:
+    try:
+        with open(path, "rb") as file:
+            net = pickle.load(file)  # the user trusts it
+    except ImportError as error:
+        remedy = "put a checkout of NVlabs/edm on PYTHONPATH"
+        raise DetectorError(f"{path}: found no module {error.name}, which it needs; {remedy}") from None
+    except Exception as error:  # the code in it may raise anything
+        found = f"no readable pickle ({type(error).__name__}: {_last_line(error)})"
+        raise DetectorError(f"{path}: found {found}, expected a network; get it again") from None
+    if not callable(net):
+        raise DetectorError(f"{path}: found a pickled {type(net).__name__}, expected a network; is it a detector?")
+    return net.to(device).eval() if isinstance(net, torch.nn.Module) else net
+
+
+def _as_rgb(images: torch.Tensor) -> torch.Tensor:
+    return images.expand(-1, 3, -1, -1).contiguous() if images.shape[1] == 1 else images
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[-1].strip()[:120]

@@ -1,0 +1,1 @@
+"""The one contract of a denoiser, and everything that fulfils it."""

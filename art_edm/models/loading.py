@@ -1,0 +1,193 @@
+"""From a name, a path or an address to a denoiser.
+
+    mnist         the bundled score network        gaussian:S    Gaussian data of standard deviation S
+    oned          the paper's 1-D example          PATH|URL      a network pickle of EDM or EDM2, or a weight
+                                                                 file written by `save_network`
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from urllib.parse import urlsplit
+
+import torch
+
+from art_edm.models.analytic import GaussianDenoiser, one_dimensional
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.lenet import LeNet
+from art_edm.models.nvlabs import NetworkDenoiser
+from art_edm.models.unet import ScoreUNet
+from art_edm.pickles.network import load_network_pickle
+from art_edm.runtime.download import download, is_url
+from art_edm.runtime.files import save_tensors, sha256_of
+
+__all__ = ["NetworkError", "Network", "bundled", "load_lenet", "load_network", "save_lenet", "save_network"]
+
+FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1"}
+EXPECTED = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
+SNAPSHOT = "of upstream's files give network-snapshot-*.pkl, not a training state"
+
+
+class NetworkError(ValueError):
+    """A network name or weight file that cannot be used; the message says what to do."""
+
+
+class Network(NamedTuple):
+    """A denoiser and where it came from."""
+
+    denoiser: Denoiser
+    name: str  # short, used in file names
+    sha256: Optional[str]  # of the file; None for a closed form
+    details: Dict[str, Any] = {}  # of a pickle: class, its sources, class label, guidance
+
+    @property
+    def identity(self) -> str:
+        """All that a resumed run must find again, in one line."""
+        parts = [self.name, self.sha256 or "closed form", *(f"{k}={v}" for k, v in self.details.items())]
+        return " ".join(str(part) for part in parts)
+
+
+def bundled(name: str) -> Path:
+    """Path of a file shipped with the package, in art_edm/weights."""
+    return Path(__file__).resolve().parents[1] / "weights" / name
+
+
+def load_network(
+    spec: str, device: Union[str, torch.device] = "cpu", gnet: Optional[str] = None, guidance: float = 1.0,
+    class_idx: Optional[int] = None, trust: bool = False, quiet: bool = True,
+) -> Network:
+    """Resolve `spec` (see the module's docstring) to a denoiser on `device`, ready for evaluation.
+
+    Args:
+        gnet: path or address of a guiding network's pickle; with `guidance`, as EDM2's script takes them.
+        guidance: strength; 1 is none.
+        class_idx: class of all images; None draws one for each.
+        trust: run the code that a pickle carries even if it is no known version of upstream's.
+        quiet: show no progress of a download.
+
+    Raises:
+        NetworkError: unknown name; missing, empty, truncated or foreign file.
+        AdapterError: guidance or class that do not fit the network.
+        ValueError: a pickle or an address that is refused; the message says why.
+        ConnectionError: an address that cannot be reached now.
+    """
+    plain = spec in ("oned", "mnist") or spec.startswith("gaussian:")
+    path = bundled("mnist.pt") if spec == "mnist" else None if plain else _file(spec, quiet)
+    if path is not None and spec != "mnist" and not _is_weight_file(path):
+        return _pickled(path, spec, device, (gnet, guidance, class_idx), trust, quiet)
+    if (gnet, guidance, class_idx) != (None, 1, None):
+        raise NetworkError(f"{spec} takes no --gnet, --guidance or --class; they are for network pickles")
+    if spec == "oned":
+        return Network(one_dimensional().to(device), "oned", None)
+    if path is None:
+        return Network(_gaussian(spec).to(device), spec.replace(":", ""), None)
+    net = _fill(ScoreUNet, _read(path, ScoreUNet), path).to(device, memory_format=torch.channels_last)
+    return Network(net, "mnist" if spec == "mnist" else path.stem, sha256_of(path))
+
+
+def _file(spec: str, quiet: bool, option: str = "", expected: str = EXPECTED) -> Path:
+    """The file that `spec` names, downloaded if it is an address."""
+    if is_url(spec):
+        return download(spec, quiet=quiet)
+    if "://" in spec:
+        expected = "http:// or https://; download it, and give its path"
+        raise NetworkError(f"{option}found the address {spec}, expected {expected}")
+    path = Path(spec)
+    if not path.is_file():
+        looks_like_path = path.suffix or len(path.parts) > 1
+        found = f"no file {path}" if looks_like_path else f"unknown network {spec!r}"
+        raise NetworkError(f"{option}{found}; expected {expected}")
+    return path
+
+
+def _is_weight_file(path: Path) -> bool:
+    """Whether a file is read as our own kind: a zip, or nothing that a pickle could begin with."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2)
+    except OSError as error:
+        raise NetworkError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    return head == b"PK" or path.suffix in (".pt", ".pth")
+
+
+def _pickled(
+    path: Path, spec: str, device: Union[str, torch.device], options: Tuple[Optional[str], float, Optional[int]],
+    trust: bool, quiet: bool,
+) -> Network:
+    """A network pickle, guided if asked for, after one trial evaluation."""
+    gnet, guidance, class_idx = options
+    pickled = load_network_pickle(path, trust)
+    guide_path = None if gnet is None else _file(gnet, quiet, "--gnet: ", "the path or address of a network pickle")
+    guide = None if guide_path is None else load_network_pickle(guide_path, trust)
+    nets = [item.net.to(device) for item in (pickled, guide) if item is not None]
+    denoiser = NetworkDenoiser(*nets, guidance=guidance, class_idx=class_idx).eval().requires_grad_(False)
+    denoiser.trial(spec)
+    details: Dict[str, Any] = {"class": pickled.class_name, "sources": pickled.sources, "class_idx": class_idx}
+    if guide_path is not None:
+        details.update(guidance=guidance, gnet=Path(urlsplit(gnet).path).name, gnet_sha256=sha256_of(guide_path))
+    return Network(denoiser, Path(urlsplit(spec).path if is_url(spec) else spec).stem, sha256_of(path), details)
+
+
+def load_lenet(path: Optional[Path] = None) -> LeNet:
+    """The bundled LeNet, or one from a weight file."""
+    path = path or bundled("lenet.pt")
+    return _fill(LeNet, _read(path, LeNet), path)
+
+
+def _gaussian(spec: str) -> GaussianDenoiser:
+    text = spec.split(":", 1)[1]
+    try:
+        std = float(text)
+    except ValueError:
+        std = float("nan")
+    if not 0 < std < float("inf"):
+        raise NetworkError(f"{spec!r} has standard deviation {text!r}; expected a positive number, e.g. gaussian:0.5")
+    return GaussianDenoiser(0.0, std**2, img_shape=(1, 8, 8))
+
+
+def _read(path: Path, kind: type) -> dict:
+    """The content of a weight file of `kind`; no code in the file is ever executed."""
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise NetworkError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    try:
+        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for damaged files
+        reason = "is truncated or not a weight file of art_edm" if blob else "is empty"
+        expected = f"expected a weight file written by train_mnist.py; {SNAPSHOT}"
+        raise NetworkError(f"{path} {reason} ({type(error).__name__}); {expected}") from None
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != FORMATS[kind]:
+        expected = f"{FORMATS[kind]!r} as train_mnist.py writes it; {SNAPSHOT}"
+        raise NetworkError(f"{path} holds {found!r}, expected {expected}")
+    return content
+
+
+def _fill(kind: type, content: dict, path: Path) -> torch.nn.Module:
+    try:
+        net = kind(**content["config"])
+        net.load_state_dict({key: value.float() for key, value in content["state"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        message = f"{path} does not fit {kind.__name__}: {first}; train it again with train_mnist.py"
+        raise NetworkError(message) from None
+    return net.eval().requires_grad_(False)
+
+
+def _save(path: Path, net: torch.nn.Module, config: dict) -> None:
+    state = {key: value.half() for key, value in net.state_dict().items()}
+    content = {"format": FORMATS[type(net)], "config": config, "state": state}
+    save_tensors(path, content)
+
+
+def save_network(path: Path, net: ScoreUNet) -> None:
+    """Write the score network in half precision, readable with `weights_only`."""
+    _save(path, net, net.config)
+
+
+def save_lenet(path: Path, net: LeNet) -> None:
+    """Write LeNet in half precision."""
+    _save(path, net, {})

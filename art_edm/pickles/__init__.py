@@ -1,0 +1,1 @@
+"""Network pickles as inert data; only `network` is public."""

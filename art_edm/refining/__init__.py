@@ -1,0 +1,1 @@
+"""A grid moved through the solver in use."""

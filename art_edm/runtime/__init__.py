@@ -1,0 +1,1 @@
+"""Files, store, download, processes, memory and terminal; knows nothing of diffusion."""

@@ -1,0 +1,1 @@
+"""Solvers on a given grid, noise, and the hand-made rules as baselines."""

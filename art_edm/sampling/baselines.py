@@ -1,0 +1,89 @@
+"""Grids as a user names them for a comparison, each for several numbers of steps.
+
+    edm, dpm, uniform, ...   a rule between the network's own noise levels
+    F.npy                    a grid of K steps; for another number of steps it is resampled (section 6.5.1)
+    F{steps}.npy             one file for each number of steps
+    NAME=F.npy               the same under a name of its own
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Sequence
+
+from art_edm.grids.grid import RULES, Grid, GridError, load_grid, resample
+from art_edm.models.denoiser import Denoiser
+from art_edm.sampling.solvers import supported
+
+__all__ = ["Choice", "choose_grids", "hand_made"]
+
+
+class Choice(NamedTuple):
+    """A grid of a comparison."""
+
+    name: str  # the same for all numbers of steps
+    grid: Grid
+    origin: str  # "rule", "file" or "resampled from K"
+
+
+def choose_grids(specs: Sequence[str], steps: Sequence[int], denoiser: Denoiser) -> List[Choice]:
+    """Every grid in every number of steps, as `denoiser` takes them.
+
+    Raises:
+        ValueError: an unknown rule, a file that is no grid or of another number of steps, two grids of one name,
+            or a grid that the network does not support.
+    """
+    chosen: List[Choice] = []
+    for spec in specs:
+        name, path = _split(spec)
+        for k in steps:
+            choice = _rule(name, k, denoiser) if path is None else _from_file(name, path, k)
+            try:
+                supported(denoiser, choice.grid)
+            except ValueError as error:
+                raise GridError(f"{choice.name} in {k} steps: {error}") from None
+            if any((choice.name, k) == (other.name, other.grid.num_steps) for other in chosen):
+                raise GridError(f"found two grids of the name {name}, expected one; write NAME={path or spec}")
+            chosen.append(choice)
+    return chosen
+
+
+def _split(spec: str) -> "tuple[str, str | None]":
+    """Name and path; no path for a rule."""
+    name, equals, path = spec.partition("=")
+    if not equals:
+        name, path = (Path(spec).stem.replace("{steps}", "").rstrip("-_") or "grid", spec)
+    if not path.endswith(".npy"):
+        if spec not in RULES:
+            raise GridError(f"found the grid {spec!r}, expected {', '.join(RULES)}, or a file that ends in .npy")
+        return spec, None
+    if not name:
+        raise GridError(f"found {spec!r}, expected NAME=F.npy; name it or leave out the =")
+    return name, path
+
+
+def _rule(name: str, num_steps: int, denoiser: Denoiser) -> Choice:
+    """A rule as everywhere here: a denoiser without a lowest level takes `edm` to 0."""
+    own = hand_made(denoiser, num_steps)
+    grid = own[name] if name in own else RULES[name](num_steps, denoiser.sigma_min, denoiser.sigma_max, 7)
+    return Choice(name, grid, "rule")
+
+
+def _from_file(name: str, path: str, num_steps: int) -> Choice:
+    grid = load_grid(path.replace("{steps}", str(num_steps)))
+    if grid.num_steps == num_steps:
+        return Choice(name, grid, "file")
+    if "{steps}" in path:
+        found = f"{path.replace('{steps}', str(num_steps))}: found {grid.num_steps} steps"
+        raise GridError(f"{found}, expected {num_steps} by its name; rename it")
+    return Choice(name, resample(grid, num_steps), f"resampled from {grid.num_steps}")
+
+
+def hand_made(denoiser: Denoiser, num_steps: int) -> Dict[str, Grid]:
+    """The hand-made rules for a denoiser: pinned at its sigma_min, or all the way down where it is not."""
+    names = {"uniform": "uniform", "dpm": "dpm", "edm": "edm", "edm-unpinned": "edm-unpinned"}
+    if not denoiser.pinned:
+        names = {"uniform": "uniform", "dpm": "dpm-unpinned", "edm": "edm-unpinned"}
+    return {
+        shown: RULES[rule](num_steps, denoiser.sigma_min, denoiser.sigma_max, 7) for shown, rule in names.items()
+    }

@@ -1,0 +1,215 @@
+"""Deterministic solvers of the probability-flow equation on a given grid.
+
+Symbols
+-------
+x          state, [B, C, H, W] float64, as in EDM's sampler
+sigma      noise level at the start of a step; sigma_next at its end
+slope      dx/dsigma = (x - D(x; sigma)) / sigma, the drift (5) with its sign turned
+past       what a multistep solver keeps of its last steps, see `multistep`; () for the others
+K          number of steps of the grid
+NFE        evaluations of D per image: Euler and multistep solvers K, Heun 2K - 1, RK4 4(K - 1) + 1
+
+A solver receives a grid and never builds one. The step that ends at sigma = 0 is Euler's for every
+solver, as the slope has no value there; it is recognised by its value, never by its index.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, List, Optional, Tuple, Union
+
+import numpy as np
+import torch
+
+from art_edm.grids.grid import Grid
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.evaluate import FiniteCheck
+from art_edm.sampling.multistep import MULTISTEP, Past, Slope, Step
+
+__all__ = [
+    "ORDERS", "OnStep", "Past", "SOLVERS", "Slope", "Step", "euler_step", "fitted", "heun_step", "integrate", "nfe",
+    "order_of", "rk4_step", "sample", "slope_of", "supported",
+]
+
+OnStep = Callable[[int, float, torch.Tensor], None]
+
+# How far above the model's sigma_max a grid may start: EDM's rule returns 80 only up to rounding.
+SIGMA_MAX_SLACK = 1e-6
+
+
+def euler_step(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+) -> Tuple[torch.Tensor, Past]:
+    """First order, one evaluation: x + h k1, h = sigma_next - sigma."""
+    return x + (sigma_next - sigma) * slope(x, sigma), ()
+
+
+def heun_step(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+) -> Tuple[torch.Tensor, Past]:
+    """Second order, two evaluations: x + h (k1 + k2) / 2; algorithm 1 of EDM (2206.00364)."""
+    h = sigma_next - sigma
+    k1 = slope(x, sigma)
+    k2 = slope(x + h * k1, sigma_next)
+    return x + h * (0.5 * k1 + 0.5 * k2), ()
+
+
+def rk4_step(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+) -> Tuple[torch.Tensor, Past]:
+    """Fourth order, four evaluations: the classical Runge-Kutta step in sigma, x + h (k1 + 2 k2 + 2 k3 + k4) / 6."""
+    h = sigma_next - sigma
+    middle = sigma + h / 2
+    k1 = slope(x, sigma)
+    k2 = slope(x + h / 2 * k1, middle)
+    k3 = slope(x + h / 2 * k2, middle)
+    k4 = slope(x + h * k3, sigma_next)
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), ()
+
+
+SOLVERS: Dict[str, Step] = {"euler": euler_step, "heun": heun_step, "rk4": rk4_step, **MULTISTEP}
+_STAGES = {"heun": 2, "rk4": 4}  # evaluations of a step that does not end at 0; 1 for the others
+
+
+def nfe(solver: str, num_steps: int) -> int:
+    """Evaluations of the denoiser per image on a grid of `num_steps` steps; the last step is Euler's."""
+    _step_of(solver)
+    if num_steps < 1:
+        raise ValueError(f"found num_steps = {num_steps}, expected at least 1")
+    return _STAGES.get(solver, 1) * (num_steps - 1) + 1
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser, latents: torch.Tensor, grid: Grid, solver: str = "heun",
+    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, batch: Optional[int] = None,
+) -> torch.Tensor:
+    """Carry unit noise from the grid's first noise level to 0.
+
+    Args:
+        denoiser: the model; its `initial` turns the noise into the state at the first level.
+        latents: unit normal noise [B, C, H, W].
+        grid: noise levels; rounded to those the model supports by `denoiser.round_sigma`.
+        solver: a name in `SOLVERS`.
+        class_labels: one-hot [B, label_dim], or None.
+        on_step: called as on_step(k, sigma_k, x) after step k = 1..K, for every batch.
+        batch: images per evaluation; all at once by default.
+    Returns:
+        Images [B, C, H, W] float64.
+    Raises:
+        ValueError: an unknown solver; labels or a batch that do not fit; a grid that starts above the
+            model's sigma_max, or loses a step by rounding.
+        NonFiniteOutput: the denoiser returned NaN or infinity.
+    """
+    _step_of(solver)
+    if batch is not None and batch < 1:
+        raise ValueError(f"found batch = {batch}, expected at least 1 image")
+    if class_labels is not None and len(class_labels) != len(latents):
+        raise ValueError(f"found {len(class_labels)} class labels for {len(latents)} latents; pass one per image")
+    sigma = torch.tensor(supported(denoiser, grid).values, device=latents.device)  # [K + 1]
+    size = batch or max(len(latents), 1)
+    parts: List[torch.Tensor] = []
+    for start in range(0, max(len(latents), 1), size):
+        labels = None if class_labels is None else class_labels[start:start + size]
+        x = denoiser.initial(latents[start:start + size], float(sigma[0])).to(torch.float64)  # [b, C, H, W]
+        check = FiniteCheck(x.device)
+        parts.append(integrate(slope_of(denoiser, labels, check), x, sigma, solver, on_step=on_step)[0])
+        check.settle()
+    return torch.cat(parts)
+
+
+def integrate(
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, solver: Union[str, Step], past: Past = (),
+    on_step: Optional[OnStep] = None,
+) -> Tuple[torch.Tensor, Past]:
+    """Follow dx/dsigma through levels that need not end at 0; differentiable, `torch.no_grad` is the caller's.
+
+    Args:
+        slope: the field, as from `slope_of`.
+        x: state at the first level, [B, C, H, W] float64.
+        sigma: levels [n + 1], strictly descending; a step to 0 is Euler's, for every solver.
+        solver: a name in `SOLVERS`, or a step function.
+        past: what an earlier call with the same solver returned; () starts anew.
+        on_step: called as on_step(k, sigma_k, x) after step k = 1..n.
+    Returns:
+        (x at the last level, past): to be continued by another call from there, with the same result.
+    Raises:
+        ValueError: an unknown solver.
+    """
+    step = _step_of(solver) if isinstance(solver, str) else solver
+    for k, level in enumerate(sigma.tolist()[1:], start=1):
+        take = euler_step if level == 0 else step
+        x, past = take(slope, x, sigma[k - 1], sigma[k], past)
+        if on_step is not None:
+            on_step(k, level, x)
+    return x, past
+
+
+def slope_of(
+    denoiser: Denoiser, class_labels: Optional[torch.Tensor] = None, check: Optional[FiniteCheck] = None
+) -> Slope:
+    """dx/dsigma of a denoiser, for class_labels one-hot [B, label_dim] or None; float64 in and out.
+
+    What it returns raises NonFiniteOutput where the denoiser returned NaN or infinity: at once, or when the caller
+    settles the `check` it gave.
+    """
+    check = check or FiniteCheck(denoiser.device, deferred=False)
+
+    def slope(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        denoised = check.see(denoiser(x, sigma, class_labels).to(torch.float64), sigma)
+        return (x - denoised) / sigma
+
+    return slope
+
+
+def supported(denoiser: Denoiser, grid: Grid) -> Grid:
+    """The grid rounded to the noise levels the model supports; the final 0 is not a level to round.
+
+    Raises a ValueError if the grid leaves the model's range, or loses a step by rounding.
+    """
+    before, (low, high) = grid.values, denoiser.sigma_limits
+    if grid.sigma_max > high * (1 + SIGMA_MAX_SLACK):
+        raise ValueError(
+            f"the grid starts at sigma = {grid.sigma_max:.9g}, above the model's sigma_max = {high:.9g}; "
+            f"make a grid with --sigma-max={high:.9g}"
+        )
+    if before[-2] < low * (1 - SIGMA_MAX_SLACK):
+        raise ValueError(
+            f"the grid's last level before 0 is sigma = {before[-2]:.9g}, below the model's sigma_min = {low:.9g}; "
+            f"make a grid with --sigma-min={low:.9g}"
+        )
+    levels = np.append(denoiser.round_sigma(torch.tensor(before[:-1])).cpu().numpy(), 0.0)
+    lost = np.flatnonzero(levels[1:] >= levels[:-1])
+    if len(lost):
+        i = int(lost[0])
+        raise ValueError(
+            f"steps {i} and {i + 1} (sigma = {before[i]:.6g} and {before[i + 1]:.6g}) are the same noise level, "
+            f"{levels[i]:.6g}, after rounding to those the model supports; use fewer steps"
+        )
+    return Grid(levels)
+
+
+def fitted(denoiser: Denoiser, grid: Grid) -> Grid:
+    """As `supported`, for a learned grid: a last level below the model's lowest is raised to that.
+
+    Raises a ValueError where two levels are below, as there are then more steps than the model has levels for.
+    """
+    values, low = grid.values.copy(), denoiser.sigma_limits[0]
+    if len(values) > 2 and values[-2] < low < values[-3]:
+        values[-2] = low
+    return supported(denoiser, Grid(values))
+
+
+def _step_of(solver: str) -> Step:
+    if solver not in SOLVERS:
+        raise ValueError(f"found solver {solver!r}, expected one of {', '.join(SOLVERS)}")
+    return SOLVERS[solver]
+
+ORDERS = {"euler": 1, "heun": 2, "rk4": 4, "dpmpp2m": 2, "ipndm2": 2, "ipndm3": 3, "ipndm": 4}
+_PAST = {"dpmpp2m": 1, "ipndm2": 1, "ipndm3": 2, "ipndm": 3}  # earlier steps that a step of full order takes
+
+
+def order_of(solver: str) -> int:
+    """p; raises a ValueError for an unknown solver."""
+    if solver not in ORDERS:
+        raise ValueError(f"found solver {solver!r}, expected one of {', '.join(ORDERS)}")
+    return ORDERS[solver]

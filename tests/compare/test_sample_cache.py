@@ -1,0 +1,220 @@
+"""Sampling and scoring against closed forms, and that neither batches, processes nor kills change the numbers.
+
+Data N(mean, v I) is carried linearly: slope(x, sigma) = a(sigma)(x - mean), a = sigma / (v + sigma^2), so that every
+step multiplies the distance from the mean by a number.
+"""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from art_edm.compare.accumulators import moments_of
+from art_edm.compare.sample_cache import Samples, Work, check_images, end_point_error, end_points, features
+from art_edm.compare.score_grids import Fine, Plan, score
+from art_edm.grids.grid import edm
+from art_edm.metrics.detectors import Detector
+from art_edm.metrics.frechet import frechet_distance, moments
+from art_edm.models.analytic import GaussianDenoiser
+from art_edm.models.loading import Network
+from art_edm.models.unet import ScoreUNet
+from art_edm.runtime.distributed import World
+from art_edm.runtime.store import Cells
+from art_edm.sampling.baselines import Choice, choose_grids
+from art_edm.sampling.noise import latents
+
+SHAPE, MEAN, STD = (1, 2, 2), 0.1, 0.1
+GRID, TEN = edm(5, 0.002, 80), edm(10, 0.002, 80)
+
+
+class Linear(Detector):
+    """Features A p of pixels p, [dim]."""
+
+    def __init__(self, dim=3, classes=0):
+        self.name, self.sha256, self.dim, self.classes = "linear", f"linear{dim}", dim, classes
+        self.matrix = torch.randn(dim, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(dim))
+        self.calls = 0
+
+    def features(self, images):
+        self.calls += 1
+        return images.flatten(1).double() @ self.matrix.T
+
+    def probabilities(self, images):
+        return (images.flatten(1).double()[:, :3] / 20).softmax(dim=1)
+
+
+def gaussian():
+    return Network(GaussianDenoiser(MEAN, STD**2, SHAPE), "test", None)
+
+
+def samples(num=150, first=0, network=None, **options):
+    return Samples(network or gaussian(), GRID, "heun", num, first=first, **options)
+
+
+def work(folder, batch=64, **options):
+    return Work(Cells(folder), World(), batch, **options)
+
+
+def gain(grid, solver="heun"):
+    """What the solver multiplies the distance from the mean by."""
+    a, result = lambda sigma: sigma / (STD**2 + sigma**2), 1.0
+    for s, t in zip(grid.values[:-1], grid.values[1:]):
+        h = t - s
+        result *= 1 + h * a(s) if t == 0 or solver == "euler" else 1 + h / 2 * (a(s) + a(t) * (1 + h * a(s)))
+    return result
+
+
+def expected_images(grid, num, first=0, seed=0, solver="heun"):
+    z = latents(seed, range(first, first + num), SHAPE).double()
+    return MEAN + gain(grid, solver) * np.sqrt(STD**2 + 80**2) * z
+
+
+def pixels_of(images):
+    return np.floor(np.clip(images.numpy() * 127.5 + 128, 0, 255)).reshape(len(images), -1)
+
+
+# --- what is measured --------------------------------------------------------------------------------
+
+
+def test_features_are_those_of_the_rounded_exact_images(tmp_path):
+    found = features(samples(40, first=7), Linear(), work(tmp_path))["features"]
+    expected = pixels_of(expected_images(GRID, 40, first=7)) @ Linear().matrix.numpy().T
+    assert np.allclose(found, expected, rtol=1e-6)
+    for twin in ((40, 0), (40, 7, 1), (40, 7, 0, "euler")):  # another block, seed or solver
+        assert not np.allclose(found, pixels_of(expected_images(GRID, *twin)) @ Linear().matrix.numpy().T, rtol=1e-6)
+
+
+def test_fid_against_the_closed_form(tmp_path):
+    """The FID of two exact Gaussians, from the gain of a coarse grid; a pixel's rounding adds a variance of 1/12."""
+    detector, blocks, num = Linear(), 5, 8000
+    a, ones = detector.matrix.numpy(), np.ones(4)
+    coarse = 127.5**2 * gain(TEN) ** 2 * (STD**2 + 80**2) + 1 / 12
+    reference = a @ (127.5 + 127.5 * 0.2 * ones), a @ a.T * 127.5**2 * 0.15**2
+    exact = frechet_distance(a @ (127.5 + 127.5 * MEAN * ones), a @ a.T * coarse, *reference)
+    plan = Plan(gaussian(), [Choice("edm", TEN, "rule")], ("heun",), num, blocks, 0, detector, reference)
+    (row,) = score(plan, work(tmp_path, batch=1000))
+    assert abs(row["fid"] - exact) < 4 * row["fid_stderr"] < 0.1 * exact, (row["fid"], exact)
+    without_gain = frechet_distance(a @ (127.5 + 127.5 * MEAN * ones), a @ a.T * 127.5**2 * STD**2, *reference)
+    assert abs(row["fid"] - without_gain) > 4 * row["fid_stderr"]  # the twin: as if the solver were exact
+    direct = [frechet_distance(*moments(pixels_of(expected_images(TEN, num, b * num)) @ a.T), *reference)
+              for b in range(blocks)]
+    assert row["fid_blocks"] == pytest.approx(direct, rel=1e-6)
+    assert row["fid"] == pytest.approx(np.mean(direct), rel=1e-6) and row["fid_min"] == min(row["fid_blocks"])
+    assert row["fid_stderr"] == pytest.approx(np.std(direct, ddof=1) / np.sqrt(blocks), rel=1e-4)
+
+
+def test_inception_score_is_that_of_the_parts(tmp_path):
+    detector = Linear(classes=3)
+    plan = Plan(gaussian(), [Choice("edm", GRID, "rule")], ("heun",), 60, 2, 0, detector, None, splits=3)
+    (row,) = score(plan, work(tmp_path))
+    expected = []
+    for block in range(2):
+        p = torch.tensor(pixels_of(expected_images(GRID, 60, block * 60))[:, :3] / 20).softmax(dim=1).numpy()
+        parts = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in (p[:20], p[20:40], p[40:])]
+        expected.append(np.mean(parts))
+    assert row["is_blocks"] == pytest.approx(expected, rel=1e-9) and "fid" not in row
+    assert row["is"] != pytest.approx(expected[0], rel=1e-6)
+
+
+def test_reference_error_against_the_exact_flow(tmp_path):
+    """Both end points are multiples of the noise: r = |g - g_fine| sqrt(v + 80^2) RMS(z)."""
+    choices, fine = [Choice("edm", GRID, "rule"), Choice("ten", TEN, "rule")], Fine(16, 60, "rk4")
+    plan = Plan(gaussian(), choices, ("heun", "euler"), 50, 2, 0, fine=fine)
+    rows = score(plan, work(tmp_path))
+    z = np.concatenate([latents(0, range(b * 50, b * 50 + 16), SHAPE).double().flatten(1).numpy() for b in range(2)])
+    r = np.sqrt(np.square(z).mean(axis=1))  # [32]
+    fine_point = end_points(plan.samples(plan.fine_grid, "rk4", 0, 16), work(tmp_path))[0, 0]
+    fine_gain = (fine_point - MEAN) / z[0, 0] / np.sqrt(STD**2 + 80**2)
+    assert fine_gain == pytest.approx(STD / np.sqrt(STD**2 + 80**2), rel=1e-3)  # the exact flow's
+    for row in rows:
+        scale = abs(gain(edm(row["steps"], 0.002, 80), row["solver"]) - fine_gain) * np.sqrt(STD**2 + 80**2)
+        assert row["error"] == pytest.approx(scale * np.sqrt(np.square(r).mean()), rel=1e-7)
+        assert row["error_median"] == pytest.approx(scale * np.median(r), rel=1e-7)
+        stderr = np.square(r).std(ddof=1) / np.sqrt(32) / 2 / np.sqrt(np.square(r).mean())
+        assert row["error_stderr"] == pytest.approx(scale * stderr, rel=1e-6)
+    assert len({row["error"] for row in rows}) == 4 and rows[1]["error"] < rows[0]["error"]
+
+
+def test_standard_error_of_the_error_is_the_spread_of_repetitions():
+    rng = np.random.default_rng(0)
+    results = [end_point_error(rng.standard_normal((256, 4)), np.zeros((256, 4))) for _ in range(200)]
+    assert np.std([result.error for result in results]) == pytest.approx(results[0].stderr, rel=0.2)
+    assert end_point_error(np.ones((1, 4)), np.zeros((1, 4))) == (1, None, 1)
+
+
+# --- batches and processes ---------------------------------------------------------------------------
+
+
+class OneOf(World):
+    """Process `rank` of several that run one after the other, the last rank first."""
+
+    def phase(self):
+        return nullcontext()
+
+    def check(self):
+        pass
+
+
+def by_processes(folder, size, what, detector, batch):
+    for rank in reversed(range(size)):
+        content = features(what, detector, Work(Cells(folder), OneOf(rank, size), batch), splits=2)
+        assert (content is None) == (rank > 0)
+    return content
+
+
+@pytest.mark.parametrize("dim", [3, 300])  # kept, and summed up
+def test_moments_do_not_depend_on_batches_or_processes(tmp_path, dim):
+    detector = Linear(dim, classes=3)
+    whole = features(samples(), detector, work(tmp_path / "whole", 1000), splits=2)
+    assert ("features" in whole) == (dim == 3)
+    mu, cov = moments_of(whole)
+    for size, batch in ((1, 7), (1, 64), (2, 7), (3, 64), (3, 7)):
+        found = by_processes(tmp_path / f"{size} {batch}", size, samples(), detector, batch)
+        assert np.allclose(moments_of(found)[0], mu, rtol=1e-9, atol=0)
+        assert np.abs(moments_of(found)[1] - cov).max() <= 1e-9 * np.abs(cov).max()
+        assert np.allclose(found["score"], whole["score"], rtol=1e-9)
+    other = moments_of(features(samples(first=1), detector, work(tmp_path / "twin"), splits=2))
+    assert np.abs(other[1] - cov).max() > 1e-4 * np.abs(cov).max()  # the twin: one image is another
+
+
+def test_a_float32_network_is_equal_up_to_a_few_pixels(tmp_path):
+    """Its rounding depends on the batch, 1e-7 of the values: now and then a pixel falls to the other side of a half."""
+    torch.manual_seed(0)
+    net = ScoreUNet(img_resolution=8, sigma_data=0.5, width=8, deep_width=12, emb=8).eval().requires_grad_(False)
+    plan = Samples(Network(net, "tiny", None), GRID, "heun", 40)
+    points = [end_points(plan, work(tmp_path / str(batch), batch)) for batch in (7, 40)]
+    assert np.abs(points[0] - points[1]).max() < 1e-5 * np.abs(points[0]).max()
+
+
+def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
+    features(samples(), Linear(), Work(Cells(tmp_path / "b"), OneOf(1, 2), 7))
+    with pytest.raises(ValueError, match="not all processes' images in .*a; expected a folder that all"):
+        features(samples(), Linear(), Work(Cells(tmp_path / "a"), OneOf(0, 2), 7))
+
+
+# --- choices -----------------------------------------------------------------------------------------
+
+
+def test_latents_of_a_vae_are_refused():
+    network = Network(GaussianDenoiser(0, 1, (4, 8, 8)), "edm2", None)
+    with pytest.raises(ValueError, match="edm2 makes latents of 4x8x8, .*VAE .diffusers."):
+        check_images(network)
+    assert check_images(gaussian()) is None
+
+
+def test_differences_are_to_the_first_grid_of_the_same_steps_and_solver(tmp_path):
+    choices = choose_grids(["edm", "dpm"], [5, 10], gaussian().denoiser)
+    reference = np.zeros(3), np.eye(3)
+    rows = score(Plan(gaussian(), choices, ("heun", "euler"), 60, 2, 0, Linear(), reference), work(tmp_path))
+    by_key = {(row["name"], row["steps"], row["solver"]): row for row in rows}
+    assert len(by_key) == 8
+    for (name, steps, solver), row in by_key.items():
+        base = by_key["edm", steps, solver]
+        if name == "edm":
+            assert "difference" not in row
+            continue
+        values = np.subtract(row["fid_blocks"], base["fid_blocks"])
+        assert row["difference"] == pytest.approx(values.mean())
+        assert row["difference_stderr"] == pytest.approx(abs(values[0] - values[1]) / 2)
+        assert row["difference_from"] == "paired over 2 blocks" and row["difference_to"] == "edm"

@@ -1,0 +1,189 @@
+"""From a name or a file to a network: nothing foreign is used, nothing in a file is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+
+import pytest
+import torch
+
+from art_edm.models import loading
+from art_edm.models.analytic import GaussianDenoiser
+from art_edm.models.lenet import LeNet
+from art_edm.models.loading import NetworkError, load_lenet, load_network, save_lenet, save_network
+from art_edm.models.unet import ScoreUNet
+from art_edm.runtime.files import sha256_of
+
+SMALL = dict(img_resolution=8, img_channels=1, sigma_data=0.4, data_mean=-0.2, width=8, deep_width=12, emb=8)
+
+
+def small_net(seed=0):
+    torch.manual_seed(seed)
+    net = ScoreUNet(**SMALL)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "mine.pt"
+    save_network(path, small_net())
+    return path
+
+
+def refused(path, *parts):
+    """One line that names the file."""
+    with pytest.raises(NetworkError) as caught:
+        load_network(str(path))
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text
+    for part in parts:
+        assert part in text
+
+
+# --- names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, found", [
+    ("mnits", "unknown network 'mnits'"), ("", "unknown network ''"), ("nowhere.pt", "no file nowhere.pt"),
+    (os.path.join("runs", "x"), f"no file {os.path.join('runs', 'x')}"),
+])
+def test_unknown_names(name, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NetworkError) as caught:
+        load_network(name)
+    expected = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
+    assert str(caught.value) == f"{found}; expected {expected}"
+
+
+def test_oned():
+    network = load_network("oned")
+    assert (network.name, network.sha256) == ("oned", None)
+
+
+@pytest.mark.parametrize("text, std", [("0.5", 0.5), ("2", 2.0), ("1e-3", 1e-3)])
+def test_gaussian(text, std):
+    network = load_network(f"gaussian:{text}")
+    assert network.name == f"gaussian{text}" and network.sha256 is None
+    assert isinstance(network.denoiser, GaussianDenoiser)
+    x = torch.randn(2, *network.denoiser.img_shape, dtype=torch.float64)
+    expected = std**2 / (std**2 + 9) * x  # E[y | x] of N(0, std^2) data at sigma = 3
+    assert torch.allclose(network.denoiser(x, 3.0), expected, rtol=1e-12)
+    assert not torch.allclose(network.denoiser(x, 3.0), std / (std + 3) * x, rtol=1e-3)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "half", "1,5"])
+def test_gaussian_refuses(text):
+    with pytest.raises(NetworkError, match=rf"standard deviation '{text}'; expected a positive number, e\.g\."):
+        load_network(f"gaussian:{text}")
+
+
+def test_mnist_is_the_bundled_file(path, monkeypatch):
+    monkeypatch.setattr(loading, "bundled", lambda name: {"mnist.pt": path}[name])
+    network = load_network("mnist")
+    assert network.name == "mnist" and network.sha256 == sha256_of(path)
+
+
+# --- round trip --------------------------------------------------------------------------------------
+
+
+def test_round_trip_is_the_half_precision_weights(path):
+    network = load_network(str(path))
+    assert network.name == "mine" and network.sha256 == sha256_of(path)
+    net = network.denoiser
+    assert net.config == SMALL and not net.training
+    changed = 0
+    for (name, read), (_, written) in zip(net.state_dict().items(), small_net().state_dict().items()):
+        assert read.dtype == torch.float32 and torch.equal(read, written.half().float()), name
+        changed += int(not torch.equal(read, written))
+    assert changed > 10  # the weights were not representable: a twin in full precision would differ
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_what_is_read_denoises_as_what_was_written(path):
+    rounded = small_net()
+    rounded.load_state_dict({k: v.half().float() for k, v in rounded.state_dict().items()})
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 10.0])
+    read = load_network(str(path)).denoiser
+    assert torch.allclose(read(x, sigma), rounded(x, sigma), atol=1e-6)
+    other = ScoreUNet(**{**SMALL, "data_mean": 0.0}).eval()
+    other.load_state_dict(rounded.state_dict())
+    assert not torch.allclose(read(x, sigma), other(x, sigma), atol=1e-3)  # the configuration matters too
+
+
+def test_lenet_round_trip(tmp_path):
+    torch.manual_seed(0)
+    net = LeNet()
+    save_lenet(tmp_path / "lenet.pt", net)
+    read = load_lenet(tmp_path / "lenet.pt")
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(read.parameters(), net.parameters()))
+    with pytest.raises(NetworkError, match="holds 'art_edm.lenet/1', expected 'art_edm.score/1'"):
+        load_network(str(tmp_path / "lenet.pt"))
+
+
+# --- foreign files -----------------------------------------------------------------------------------
+
+
+def test_an_empty_file(path):
+    path.write_bytes(b"")
+    refused(path, "is empty", "written by train_mnist.py")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_truncated_file(path, share):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    refused(path, "is truncated or not a weight file")
+
+
+@pytest.mark.parametrize("content", [b"hello, world\n" * 50, b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000)])
+def test_another_kind_of_file(path, content):
+    path.write_bytes(content)
+    refused(path, "is truncated or not a weight file")
+
+
+@pytest.mark.parametrize("content, found", [
+    ({"weight": torch.zeros(3)}, "None"), (torch.zeros(3), "'Tensor'"), ([1, 2], "'list'"),
+    ({"format": "art_edm.score/9"}, "'art_edm.score/9'"),
+])
+def test_a_torch_file_of_something_else(path, content, found):
+    torch.save(content, path)
+    refused(path, f"holds {found}, expected 'art_edm.score/1'")
+
+
+class Malicious:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))],
+                         ids=["torch file", "plain pickle"])
+def test_code_in_a_file_is_not_executed(path, tmp_path, write):
+    marker = tmp_path / "executed"
+    write({"format": "art_edm.score/1", "config": Malicious(marker)}, path)
+    refused(path, "is truncated or not a weight file")
+    assert not marker.exists()
+    if write is torch.save:  # the twin: the file does carry code
+        torch.load(path, weights_only=False)
+        assert marker.is_dir()
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda c: c["config"].update(width=16), "size mismatch|Error"), (lambda c: c["config"].update(depth=3), "depth"),
+    (lambda c: c.pop("config"), "config"), (lambda c: c.pop("state"), "state"),
+    (lambda c: c["state"].popitem(), "Error"), (lambda c: c.update(state=[1]), "list"),
+    (lambda c: c["state"].update({"conv_in.bias": 3}), "int"),
+])
+def test_weights_that_do_not_fit(path, change, reason):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    refused(path, "does not fit ScoreUNet", "train it again")
+    with pytest.raises(NetworkError) as caught:
+        load_network(str(path))
+    assert re.search(reason, str(caught.value))

@@ -1,0 +1,108 @@
+"""Refined grids: the known best one is reached, every solver gains, and nothing is worse than the start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from art_edm.grids.clocks import GaussianClock
+from art_edm.grids.grid import Grid, edm, uniform
+from art_edm.measure.field import rms
+from art_edm.models.analytic import one_dimensional
+from art_edm.refining import levenberg_marquardt as descent
+from art_edm.refining.refine import RefineConfig, draw_noises, refine
+from art_edm.sampling.solvers import SOLVERS, sample
+from tests.support.refine_fields import SHORT, mixture, start
+
+LINE = RefineConfig(noises=4, held=4, batch=4, fine=60, iterations=40, tolerance=1e-7, patience=10)
+
+
+def best_euler(num_steps):
+    """The grid of the least end error in the one-dimensional example: levels equidistant in arctan(sigma)."""
+    return Grid(np.append(np.tan((1 - np.arange(num_steps) / num_steps) * np.arctan(3)), 0.0))
+
+
+def end_error(grid):
+    """|x_K - 1| from the path that ends at 1; all errors of Euler's method are multiples of it."""
+    model = one_dimensional()
+    return abs(float(sample(model, torch.ones(1, 1, 1, 1), grid, "euler")) - 1)
+
+
+def art(num_steps, sigma_max):
+    """ART's grid of the one-dimensional example."""
+    return Grid(GaussianClock(sigma_max, 1.0).sigma(np.linspace(0, 1, num_steps + 1)))
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 10])
+@pytest.mark.parametrize("rule", [uniform, art])
+def test_the_best_grid_of_the_one_dimensional_example_is_reached(num_steps, rule):
+    grid = refine(one_dimensional(), rule(num_steps, 3.0), "euler", LINE).grid
+    best = best_euler(num_steps)
+    assert end_error(best) <= end_error(grid) < 1.001 * end_error(best)
+    assert grid.values == pytest.approx(best.values, rel=0.1)
+    assert end_error(rule(num_steps, 3.0)) > 1.01 * end_error(best)
+
+
+def test_uphill_nothing_is_won(monkeypatch):
+    original = descent.proposal
+    monkeypatch.setattr(descent, "proposal", lambda *a: (-original(*a)[0], original(*a)[1]))
+    first = uniform(5, 3.0)
+    result = refine(one_dimensional(), first, "euler", LINE)
+    assert result.grid == first and result.error_after == result.error_before
+    assert len(result.history) == 1  # no step was accepted
+
+
+def trained(iterations):
+    """The least mean error of ten steps of iPNDM on a mixture after so many iterations."""
+    model = mixture()
+    first = Grid(GaussianClock(20.0, model.sigma_data).sigma(np.linspace(0, 1, 11)))
+    config = RefineConfig(noises=16, held=1, iterations=iterations, more=0, patience=99, tolerance=0)
+    return refine(model, first, "ipndm", config).history[-1]["train"]
+
+
+def test_without_the_secant_it_is_slower(monkeypatch):
+    learned = trained(6)
+    monkeypatch.setattr(descent, "secant", lambda S, H, step, change: S)
+    assert learned < 0.96 * trained(6)
+
+
+def test_without_reweighting_the_least_mean_error_is_not_found(monkeypatch):
+    original, best = descent.model, trained(12)
+    monkeypatch.setattr(descent, "model", lambda errors, *a: original(np.full_like(errors, errors.mean()), *a))
+    assert best < 0.99 * trained(12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_gains_on_fresh_noises(solver):
+    model, first = mixture(), start()
+    result = refine(model, first, solver, replace(SHORT, noises=8, held=8, batch=8, iterations=6, more=6))
+    latents = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    fine = sample(model, latents, edm(80, 0.01, 20.0), "rk4")
+    before, after = (float(rms(sample(model, latents, grid, solver) - fine).mean()) for grid in (first, result.grid))
+    assert after < 0.97 * before
+    trained = [row["train"] for row in result.history]
+    assert all(b < a for a, b in zip(trained, trained[1:])) and len(trained) > 2
+    allowed = [row for row in result.history if row["held"] <= result.error_before.mean]
+    assert result.error_after.mean == min(allowed, key=lambda row: row["held"] + row["train"])["held"]
+
+
+def test_the_grid_that_noises_held_out_prefer_is_returned(monkeypatch):
+    """Noises of which those held out are at their best from the start: nothing else may be returned."""
+    model, config = mixture(), replace(SHORT, patience=2)
+    drawn, first = draw_noises(model, config, 20.0), start()
+    with torch.no_grad():
+        ends = sample(model, drawn.held.latents, first, "heun")
+    result = refine(model, first, "heun", config, noises=drawn._replace(held=drawn.held._replace(ends=ends)))
+    assert result.grid == first and result.error_after == (0, 0, 0)
+    assert len(result.history) == 3  # the start, and the patience
+
+
+def test_figures_are_those_of_the_noises_held_out():
+    model, drawn = mixture(), draw_noises(mixture(), SHORT, 20.0)
+    result = refine(model, start(), "heun", SHORT, noises=drawn)
+    each = rms(sample(model, drawn.held.latents, result.grid, "heun") - drawn.held.ends).numpy()
+    expected = each.mean(), each.std(ddof=1) / 2, np.median(each)
+    assert tuple(result.error_after) == pytest.approx(expected, rel=1e-9)

@@ -1,0 +1,120 @@
+"""Processes that enter and leave a phase together, played by threads over one store; sums are tested with torchrun."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from art_edm.runtime.distributed import World, resolve_device, world
+from art_edm.runtime.errors import NonFiniteOutput, Stopped
+
+
+def together(size, work):
+    """What work(world) of each process returns or raises."""
+    store = HashStore()
+
+    def one(rank):
+        try:
+            return work(World(rank, size, store))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+def failing(errors):
+    def work(here):
+        with here.phase():
+            if here.rank in errors:
+                raise errors[here.rank]
+        return "done"
+
+    return work
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, ConnectionError, FloatingPointError, Stopped, NonFiniteOutput])
+def test_an_error_of_one_is_the_error_of_all(kind):
+    found = together(3, failing({1: kind("x.png is bad")}))
+    assert [type(error) for error in found] == [kind] * 3 and {str(error) for error in found} == {"x.png is bad"}
+    assert together(3, failing({})) == ["done"] * 3
+
+
+def test_of_several_errors_that_of_the_lowest_rank_counts():
+    found = together(3, failing({1: ValueError("b"), 2: OSError("c")}))
+    assert [(type(error), str(error)) for error in found] == [(ValueError, "b")] * 3
+
+
+def test_a_subclass_is_told_as_what_the_command_line_knows():
+    class Own(ValueError):
+        pass
+
+    found = together(2, failing({1: Own("own")}))
+    assert type(found[0]) is ValueError and type(found[1]) is Own and str(found[0]) == "own"
+
+
+def test_a_fault_comes_with_its_traceback():
+    found = together(2, failing({1: KeyError("fault")}))
+    assert type(found[0]) is RuntimeError and "Traceback" in str(found[0]) and "KeyError: 'fault'" in str(found[0])
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_others_stop_at_their_next_check(checks):
+    turns = [0, 0]
+
+    def work(here):
+        with here.phase():
+            if here.rank == 1:
+                raise ValueError("early")
+            for _ in range(40):
+                time.sleep(0.005)
+                turns[0] += 1
+                if checks:
+                    here.check()
+
+    assert [str(error) for error in together(2, work)] == ["early", "early"]
+    assert (turns[0] < 40) == checks
+
+
+def test_phases_follow_one_another():
+    seen = []
+
+    def work(here):
+        for phase in range(5):
+            with here.phase():
+                time.sleep(0.003 * here.rank)
+            seen.append(phase)
+            with here.phase():
+                here.check()
+        return "done"
+
+    assert together(3, work) == ["done"] * 3
+    assert seen == sorted(seen)
+
+
+def test_one_process_needs_nothing(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with world("cpu") as here:
+        assert (here.rank, here.size, here.device) == (0, 1, torch.device("cpu"))
+        assert here.sum(torch.tensor([2.0])).tolist() == [2]
+        with pytest.raises(KeyError):
+            with here.phase():
+                here.check()
+                raise KeyError("as it is")
+    assert not torch.distributed.is_initialized()
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="cannot use --device=abacus .*expected auto, cpu, or cuda"):
+        resolve_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="cannot use --device=cuda"):
+            resolve_device("cuda")
+    assert "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1"

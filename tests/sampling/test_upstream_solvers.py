@@ -1,0 +1,128 @@
+"""--solver in the patched scripts, on their stand-ins, and `upstream.solve`: no checkout is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from art_edm.grids.grid import GridError, edm, save_grid
+from art_edm.models.analytic import GaussianDenoiser
+from art_edm.sampling.solvers import SOLVERS, sample
+from art_edm.upstream import GRID_SOLVERS, solve
+from tests.sampling.test_upstream_options import BOTH, EDM, EDM2, program
+
+NEW = ("rk4", "dpmpp2m", "ipndm2", "ipndm3", "ipndm")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the stand-in beside a grid of 9 steps; returns the result and what the command's function got."""
+    monkeypatch.chdir(tmp_path)
+    save_grid("a9.npy", edm(9, 0.002, 80), {})
+
+    def invoke(names, *args, **more):
+        seen = {}
+        return CliRunner().invoke(program(names, seen), ["--network=absent.pkl", *args], **more), seen
+
+    return invoke
+
+
+def test_the_names_are_those_of_the_solvers():
+    assert GRID_SOLVERS == tuple(SOLVERS) and set(NEW) < set(GRID_SOLVERS)
+
+
+# --- options -----------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_solver_that_upstream_lacks(run, names):
+    for solver in NEW:
+        result, seen = run(names, "--schedule=a9.npy", f"--solver={solver}")
+        assert result.exit_code == 0, result.output
+        assert seen["grid_solver"] == solver and seen["num_steps"] == 9 and seen.get("solver") is None
+    _, seen = run(names, "--schedule=a9.npy", "--solver=ipndm", "--steps=4", "--S_churn=0", "--S_noise=1")
+    assert seen["grid"].num_steps == 4 and seen["grid_solver"] == "ipndm"
+
+
+def test_upstreams_own_solvers_stay_upstreams(run):
+    for solver in ("euler", "heun"):
+        for grid in ([], ["--schedule=a9.npy", "--S_churn=3"]):
+            result, seen = run(EDM, f"--solver={solver}", *grid)
+            assert result.exit_code == 0 and seen["solver"] == solver and "grid_solver" not in seen
+    for grid in ([], ["--schedule=a9.npy", "--S_churn=3"]):  # EDM2's sampler is Heun's; it has no other
+        result, seen = run(EDM2, "--solver=heun", *grid)
+        assert result.exit_code == 0 and "solver" not in seen and "grid_solver" not in seen
+    assert run(EDM2, "--schedule=a9.npy", "--solver=euler")[1]["grid_solver"] == "euler"
+    assert run(EDM, "--schedule=a9.npy", default_map={"solver": "rk4"})[1]["grid_solver"] == "rk4"
+
+
+@pytest.mark.parametrize("names, solver", [*((names, each) for names in (EDM, EDM2) for each in NEW), (EDM2, "euler")])
+def test_without_a_grid_or_with_noise_it_is_a_usage_error(run, names, solver):
+    grids = [[]] + ([["--schedule=vp"]] if names else [])
+    for grid in grids:
+        result, seen = run(names, f"--solver={solver}", *grid)
+        assert result.exit_code == 2 and not seen and result.output.count("Error") == 1
+        assert f"found --solver={solver} without a grid; add --schedule=FILE.npy" in result.output
+    for option in ("--S_churn=40", "--S_noise=1.003"):
+        result, seen = run(names, f"--solver={solver}", "--schedule=a9.npy", option)
+        assert result.exit_code == 2 and not seen
+        assert f"found {option.split('=')[0]} with --solver={solver}, which adds no noise" in result.output
+
+
+@BOTH
+def test_unknown_solvers_and_help(run, names):
+    result, seen = run(names, "--schedule=a9.npy", "--solver=dopri")
+    assert result.exit_code == 2 and not seen and "'dpmpp2m'" in result.output
+    text = " ".join(run(names, "--help")[0].output.split()).replace("| ", "|")
+    assert "|".join(GRID_SOLVERS) in text and ("Pick a step." in text) == bool(names)
+    assert ("own]" in text) != bool(names)
+
+
+def test_a_command_of_python_without_a_solver():
+    seen = {}
+    program(EDM2, seen).callback(num_steps=3)
+    assert seen == {"num_steps": 3}
+
+
+def test_naming_a_solver_loads_nothing_more():
+    code = """
+import sys, art_edm.upstream as upstream
+print("torch" in sys.modules)
+import torch
+upstream.solve("ipndm", [1.0, 0.0], lambda x, t: x, torch.ones(1, 1, 1, 1), torch.tensor([1.0, 0.0]))
+print(*sorted(m for m in sys.modules if m.split(".")[0] in ("art_edm", "scipy", "requests", "PIL")))
+"""
+    output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert output.split() == ["False", "art_edm", *(f"art_edm.{name}" for name in (
+        "grids", "grids.grid", "models", "models.denoiser", "models.evaluate", "runtime", "runtime.errors", "runtime.files",
+        "runtime.memory", "sampling", "sampling.multistep", "sampling.solvers", "upstream"))]
+
+
+# --- solve -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", GRID_SOLVERS)
+def test_solve_is_sample_in_the_samplers_precision(solver):
+    model, grid = GaussianDenoiser(0.3, 0.25, (2, 2, 2)), edm(7, 0.002, 80)
+    model.initial = lambda latents, sigma: latents.double() * sigma  # upstream's start
+    z = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
+    other = "euler" if solver != "euler" else "heun"
+    for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        found = solve(solver, grid, model, z, torch.tensor(grid.values).to(dtype))
+        assert found.dtype == dtype and float((found - sample(model, z, grid, solver)).abs().max()) < bar
+        assert float((found - sample(model, z, grid, other)).abs().max()) > 1e-3
+
+
+def test_solve_refuses():
+    x, levels = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 0.0])
+    with pytest.raises(GridError, match="grid_solver = 'rk4' without a grid"):
+        solve("rk4", None, lambda x, t: x, x, levels)
+    with pytest.raises(GridError, match="found S_churn = 40 with grid_solver = 'rk4', which adds no noise"):
+        solve("rk4", [1.0, 0.0], lambda x, t: x, x, levels, 40)
+    with pytest.raises(ValueError, match="found solver 'dopri', expected one of euler,"):
+        solve("dopri", [1.0, 0.0], lambda x, t: x, x, levels)
+    assert solve("rk4", [1.0, 0.0], lambda x, t: x / 4, x, levels).item() == 0.25

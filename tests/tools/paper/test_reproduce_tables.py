@@ -1,0 +1,160 @@
+"""What helps to read a table of images: end points, the floor, ratios and differences; and an ablation's arithmetic."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from paper.context import Lab
+from paper.experiments import TABLES
+from paper.report import Result, markdown, read_results, save_result, write_report
+from paper.tables import ablations
+from paper.tables import fid_cells as image_cells
+from paper.tables.fid_cells import Bench, Cell
+from paper.tables.fid_tables import END_POINTS, _comparisons, ratio
+
+from art_edm.grids.grid import edm
+from art_edm.metrics.detectors import CallDetector
+from art_edm.metrics.frechet import frechet_distance, moments
+from art_edm.metrics.standard_errors import Measurement
+from art_edm.runtime.distributed import World
+from art_edm.runtime.store import Cells
+from art_edm.sampling.generate import generate, to_pixels
+from tests.support.fid_standin import StandIn
+
+ITEM = replace(TABLES["table4"], solver="euler", steps=(2, 4), num=48, blocks=2, noises=8, floor=6)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A table of the Gaussian field, 8 x 8 grey pixels, judged by a small detector."""
+    (tmp_path / "out").mkdir()
+    lab = Lab(Cells(tmp_path / "cells"), World(), tmp_path / "out")
+    rng = np.random.default_rng(0)
+    detector = CallDetector(StandIn(192, 5), "small", "0" * 64, (1, 8, 8), torch.device("cpu"))
+    reference = moments(rng.normal(1, 2, size=(300, 5)))
+    return Bench(ITEM, lab.network("gaussian:0.5"), detector, reference, None, lab, lab.work())
+
+
+def images(bench, grid, solver, num=48):
+    return generate(bench.network.denoiser, grid, solver, num, batch=num)
+
+
+def fid(bench, points):
+    found = bench.detector.features(to_pixels(points).reshape(-1, 1, 8, 8)).double().numpy()
+    return frechet_distance(*moments(found), *bench.reference)
+
+
+def test_a_cell_is_scored_and_set_against_the_fine_solution_from_the_same_noise(bench):
+    grid, fine = edm(4, 0.002, 80), edm(100, 0.002, 80)
+    cell = bench.cell(grid)
+    assert cell.value.mean == pytest.approx(fid(bench, images(bench, grid, "euler")), rel=1e-8)
+    gaps = images(bench, grid, "euler", 8) - images(bench, fine, "heun", 8)
+    assert cell.error.error == pytest.approx(float(gaps.square().mean().sqrt()), rel=1e-6)
+    other = images(bench, grid, "euler", 16)[8:] - images(bench, fine, "heun", 8)
+    assert cell.error.error < 0.5 * float(other.square().mean().sqrt())  # other noises would tell nothing
+
+
+def test_yardsticks_are_the_floor_and_as_many_test_images(bench, monkeypatch):
+    pixels = torch.randint(0, 256, (60, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    monkeypatch.setattr(image_cells, "load_mnist", lambda split, data: (pixels if split == "test" else None, None))
+    found = bench.yardsticks()
+    assert list(found) == ["the network's floor (Heun, 6 steps, NFE 11)", "48 test images"]
+    floor, test = found.values()
+    assert floor[0] == pytest.approx(fid(bench, images(bench, edm(6, 0.002, 80), "heun")), rel=1e-8)
+    features = bench.detector.features(pixels[:48, None]).double().numpy()
+    assert test[0] == pytest.approx(frechet_distance(*moments(features), *bench.reference), rel=1e-8)
+    every = bench.detector.features(pixels[:, None]).double().numpy()  # more images have another bias
+    assert test[0] != pytest.approx(frechet_distance(*moments(every), *bench.reference), rel=1e-3)
+    assert all(stderr > 0 for _, stderr in found.values())
+    monkeypatch.setattr(image_cells, "load_mnist", lambda *args: pytest.fail("computed again"))
+    assert bench.yardsticks() == found
+    bench.experiment = replace(ITEM, floor=0, reference="x.npz")
+    assert bench.yardsticks() == {}
+
+
+def test_the_number_of_evaluations_is_told_beforehand(bench):
+    table = [edm(k, 0.002, 80) for k in (2, 4)]
+    before = bench.network.denoiser.evaluations
+    for grid in table:
+        bench.cell(grid)
+    bench.experiment = replace(ITEM, reference="x.npz")
+    bench.yardsticks()
+    assert bench.network.denoiser.evaluations - before == bench.evaluations((2, 4), 1) == bench.work.done
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_ratio_and_its_error_when_what_is_shared_cancels(blocks):
+    rng = np.random.default_rng(3)
+    shared, own = rng.normal(10, 1, size=12), rng.normal(0, 0.01, size=(2, 12))
+    one, base = 2 * shared + own[0], shared + own[1]
+    if blocks:
+        found = ratio(Measurement(one), Measurement(base))
+        left = [np.delete(one, j).mean() / np.delete(base, j).mean() for j in range(12)]
+    else:
+        found = ratio(Measurement([one.mean()], one), Measurement([base.mean()], base))
+        left = one / base
+    assert found.value == pytest.approx(one.mean() / base.mean(), rel=1e-12)
+    assert found.stderr == pytest.approx(np.sqrt(11 / 12 * np.square(left - np.mean(left)).sum()), rel=1e-9)
+    apart = ratio(Measurement(one), Measurement(base[::-1])) if blocks else ratio(
+        Measurement([one.mean()], one), Measurement([base.mean()], base[::-1]))
+    assert apart.stderr > 20 * found.stderr
+    assert ratio(Measurement([2.0]), Measurement([4.0])) == (0.5, None, None)
+
+
+def made():
+    """A result with all that helps to read it, as `run_images` makes it."""
+    error = image_cells.EndPointError(0.25, 0.0625, 0.2)
+    cells = {"edm": [Cell(Measurement([6.0], [6.0, 7.0]), 1.0, error)],
+             "dpm": [Cell(Measurement([9.0], [9.0, 8.0]), 1.0, error)],
+             "art_rl": [Cell(Measurement([4.0], [4.0, 5.0]), 1.0, error)]}
+    rows = {name: [cell.value.mean for cell in row] for name, row in cells.items()}
+    result = Result("table9", "t", "FID", ["NFE 3"], rows, paper={"edm": [3.0], "art_rl": [1.5]},
+                    yardsticks={"floor": [3.5, 0.25]})
+    _comparisons(cells, result)
+    return result
+
+
+def test_every_row_is_compared_with_edm(tmp_path):
+    result = made()
+    assert result.more["edm / art_rl"] == {"here": [1.5], "paper": [2.0]}
+    title = "Difference to edm, from the same noise"
+    assert result.more[title] == {"dpm": [3.0], "art_rl": [-2.0]}
+    assert result.more_stderr[title]["art_rl"] == [0.0]  # moves with edm
+    assert result.more_stderr[title]["dpm"] == [pytest.approx(1.0)]  # (2 - 1)/2 (1 + 1), moves against it
+    assert result.more[END_POINTS]["dpm"] == [0.25] and result.more_stderr[END_POINTS]["dpm"] == [0.0625]
+    text = markdown(result)
+    assert "| dpm | 3.0 ± 1.0 |" in text and "| art_rl | -2 |" in text and "| dpm | 0.250 ± 0.062 |" in text
+    wide = replace(result, columns=["c"] * 9, rows={name: row * 9 for name, row in result.rows.items()}, paper={},
+                   more={title: {name: row * 9 for name, row in result.more[title].items()}},
+                   more_stderr={title: {name: row * 9 for name, row in result.more_stderr[title].items()}})
+    assert "| c | 3.0 ± 1.0 | -2 |" in markdown(wide)
+    save_result(tmp_path, result)
+    assert read_results(tmp_path) == [result]
+    write_report(tmp_path)
+    assert "For comparison: floor 3.50 ± 0.25." in (tmp_path / "README.md").read_text()
+    data = json.loads((tmp_path / "table9.json").read_text())
+    del data["more_stderr"], data["yardsticks"]  # as a file of an earlier version
+    (tmp_path / "table9.json").write_text(json.dumps(data))
+    assert read_results(tmp_path)[0].rows == result.rows
+
+
+def test_iterations_and_evaluations_of_the_two_variances(monkeypatch, tmp_path):
+    def scores(network, lab, iterations, **settings):
+        fixed = "epsilon" in settings
+        return [float("inf"), 1.0] if fixed and iterations < 100 else [1.0 + 1 / iterations]
+
+    monkeypatch.setattr(ablations, "cheap_fields", lambda lab, size: {"a": None})
+    monkeypatch.setattr(ablations, "fixed_variance", lambda *args: {"epsilon": 1.0, "temperature": 1.0})
+    monkeypatch.setattr(ablations, "_scores", scores)
+    result = ablations._variance(TABLES["ablation-variance"], None)
+    assert result.rows == {"adaptive": [25], "fixed": [100]}
+    evaluations, ends = result.more.values()
+    each = 3 * (2 * 80 + 1) * 128  # three at each of the ends and middles of 80 steps, 128 paths
+    assert evaluations == {"adaptive": [25 * each], "fixed": [100 * each]}
+    assert ends["fixed, 50 iterations"] == [None] and ends["adaptive, 50 iterations"] == [1.02]
+    save_result(tmp_path, result)
+    assert "| fixed, 50 iterations | – |" in markdown(read_results(tmp_path)[0])

@@ -1,0 +1,279 @@
+"""`train_schedule.py --refine`: better for its solver, recorded, resumable, refused where it cannot be."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from art_edm.grids.grid import load_grid
+from art_edm.learning import training
+from art_edm.models.loading import load_network
+from art_edm.refining import noise_sets as exact_ends
+from art_edm.refining import refine
+from art_edm.refining import solver_jacobian as sensitivity
+from art_edm.sampling.solvers import sample
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "train_schedule.py"
+DIRECT = ("--network=gaussian:0.5", "--method=direct", "--trajectories=4", "--quiet")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("train_schedule", SCRIPT)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(tool.main, list(args))
+
+
+def end_error(path: str, solver: str) -> float:
+    """RMS distance to the exact end point sigma_data x / sqrt(sigma_max^2 + sigma_data^2), of other noises."""
+    latents = torch.randn((64, 1, 8, 8), generator=torch.Generator().manual_seed(77), dtype=torch.float64)
+    exact = 0.5 * 80 * latents / np.hypot(80, 0.5)
+    return float((sample(load_network("gaussian:0.5").denoiser, latents, load_grid(path), solver) - exact).square()
+                 .mean().sqrt())
+
+
+@contextmanager
+def stopped_in(owner, name: str, number: int = signal.SIGINT):
+    """Where this function is called, the process is asked to stop."""
+    original = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        yield
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpmpp2m"])
+def test_the_refined_grid_is_better_for_its_solver(run, solver):
+    assert run(*DIRECT, "--steps=5", "--out=plain.npy").exit_code == 0
+    result = run(*DIRECT, "--steps=5", "--out=refined.npy", "--refine", f"--solver={solver}")
+    assert result.exit_code == 0, result.stderr
+    assert end_error("refined.npy", solver) < 0.7 * end_error("plain.npy", solver)
+    record = json.loads(Path("refined.json").read_text())
+    refined = record["refined"]
+    assert refined["error_after"]["mean"] < 0.7 * refined["error_before"]["mean"]
+    assert refined["settings"]["solver"] == solver
+    assert record["evaluations_by_stage"]["refine"] == refined["evaluations"] > 0
+    assert record["evaluations"] == sum(record["evaluations_by_stage"].values())
+    assert sorted(os.listdir()) == ["plain.json", "plain.npy", "refined.json", "refined.npy"]  # no state is left
+
+
+def test_it_may_start_from_the_clock_of_the_solver_s_own_errors(run):
+    """Heun in three steps on Gaussian data; the other clock is learned once, counted, and leaves no state."""
+    result = run(*DIRECT, "--steps=3,4", "--out=g{steps}.npy", "--refine")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(Path("g3.json").read_text())
+    assert record["refined"]["start"] == "own local errors"
+    stages = record["evaluations_by_stage"]
+    own = run(*DIRECT, "--steps=3", "--out=own.npy", "--objective=solver", "--trajectories=24")
+    assert own.exit_code == 0
+    assert stages["start"] == json.loads(Path("own.json").read_text())["evaluations_by_stage"]["profile"] > 0
+    assert record["evaluations"] == sum(stages.values())
+    assert not [name for name in os.listdir() if "ckpt" in name]
+    again = run(*DIRECT, "--steps=3", "--out=own.npy", "--objective=solver", "--refine")
+    record = json.loads(Path("own.json").read_text())
+    assert again.exit_code == 0 and record["refined"]["start"] == "given"
+    assert "start" not in record["evaluations_by_stage"]
+
+
+def test_what_was_learned_survives_a_stop_in_the_other_clock(run):
+    options = ("--network=gaussian:0.5", "--method=direct", "--steps=3", "--refine", "--quiet")
+    assert run(*options, "--out=whole.npy").exit_code == 0
+    with stopped_in(training, "measure_errors"):
+        result = run(*options, "--out=g.npy")
+    assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
+    assert "g.ckpt" in os.listdir()
+    assert run(*options, "--out=g.npy", "--resume").exit_code == 0
+    assert Path("g.npy").read_bytes() == Path("whole.npy").read_bytes()
+    assert sorted(os.listdir()) == ["g.json", "g.npy", "whole.json", "whole.npy"]
+
+
+def test_several_share_their_noises_and_say_what_was_gained(run):
+    result = run(*DIRECT[:-1], "--steps=3,4", "--out=g{steps}.npy", "--refine")
+    assert result.exit_code == 0, result.stderr
+    assert result.output.count("end-point error of heun on noises held out: ") == 2
+    one = run(*DIRECT, "--steps=4", "--out=alone.npy", "--refine")
+    assert one.exit_code == 0 and Path("alone.npy").read_bytes() == Path("g4.npy").read_bytes()
+    evaluations = [json.loads(Path(name).read_text())["evaluations_by_stage"]["refine"] for name in
+                   ("g3.json", "alone.json")]
+    assert evaluations[0] < 2 * evaluations[1]
+
+
+def test_what_cannot_be_refined_is_refused_before_any_work(run):
+    result = run("--network=gaussian:0.5", "--refine", "--solver=rk5")
+    assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
+    assert os.listdir() == []
+
+
+def test_the_objective_of_a_solver_gives_a_clock_for_it(run):
+    """Heun's own local errors in place of |Q|: better for Heun in few steps, and worse for Euler."""
+    assert run(*DIRECT, "--steps=3", "--out=plain.npy").exit_code == 0
+    result = run(*DIRECT, "--steps=3", "--out=heun.npy", "--objective=solver")
+    assert result.exit_code == 0, result.stderr
+    assert end_error("heun.npy", "heun") < 0.6 * end_error("plain.npy", "heun")
+    assert end_error("heun.npy", "euler") > end_error("plain.npy", "euler")
+    assert json.loads(Path("heun.json").read_text())["settings"]["solver"] == "heun"
+
+
+def test_a_solver_s_errors_are_not_measured_live(run):
+    result = run("--network=gaussian:0.5", "--objective=solver", "--rollout=live")
+    assert result.exit_code == 2 and "cached" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["direct", "rl"])
+def test_the_end_point_objective_finds_the_growth_of_gaussian_data(run, method):
+    """beta = 1 for Euler's errors; the sidecar says what was chosen, and the learned clock scores as it did."""
+    options = ("--network=gaussian:0.5", f"--method={method}", "--steps=5,10", "--iterations=60", "--quiet")
+    assert run(*options, "--out=plain{steps}.npy").exit_code == 0
+    result = run(*options, "--out=end{steps}.npy", "--objective=endpoint", "--solver=euler")
+    assert result.exit_code == 0, result.stderr
+    for k in (5, 10):
+        before, after = (json.loads(Path(f"{name}{k}.json").read_text()) for name in ("plain", "end"))
+        assert after["weighted"]["beta"] == pytest.approx(1.0, abs=0.08)
+        assert after["weighted"]["solver"] == "euler"
+        assert after["J_over_J_star"] == before["J_over_J_star"]
+        assert after["evaluations"] == sum(after["evaluations_by_stage"].values())
+        assert {"ends", "endpoint"} <= set(after["evaluations_by_stage"])
+        assert end_error(f"end{k}.npy", "euler") < 0.87 * end_error(f"plain{k}.npy", "euler")
+
+
+def test_the_end_point_objective_measures_growth_once_for_all_steps(run):
+    """iPNDM in the 1-D example: measured growth serves it better than any power of w, and is measured once."""
+    options = ("--network=oned", "--method=direct", "--objective=endpoint", "--solver=ipndm")
+    result = run(*options, "--steps=5,10", "--out=end{steps}.npy")
+    assert result.exit_code == 0, result.stderr
+    assert result.output.count(" weighted by their measured growth (median ") == 2
+    records = [json.loads(Path(f"end{k}.json").read_text()) for k in (5, 10)]
+    for record in records:
+        weighted = record["weighted"]
+        assert weighted["beta"] is None and weighted["error_after"] == weighted["error_measured"]
+        assert weighted["error_after"]["mean"] < 0.95 * weighted["error_before"]["mean"]
+    searched = sum(record["weighted"]["evaluations"] for record in records)
+    measured = records[0]["evaluations_by_stage"]["endpoint"] - searched
+    exact, own, beside = 17 * 8 + 9, 18, sum(2 * (k + 1) for k in range(1, 17)) + 3 * 18
+    assert measured == 64 * (exact + own + beside)
+
+
+def test_refinement_goes_on_from_the_end_point_objective(run):
+    result = run(*DIRECT[:-1], "--steps=4", "--out=both.npy", "--objective=endpoint", "--refine", "--solver=dpmpp2m")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(Path("both.json").read_text())
+    weighted, refined = record["weighted"]["error_after"]["mean"], record["refined"]
+    assert refined["error_before"]["mean"] == pytest.approx(weighted, rel=0.1)
+    assert refined["error_after"]["mean"] < 0.9 * weighted
+    assert "weighted by beta = " in result.output and " refined (median" in result.output
+
+
+def test_an_unknown_solver_is_refused_before_any_work(run):
+    result = run("--network=gaussian:0.5", "--objective=endpoint", "--solver=rk5")
+    assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
+    assert os.listdir() == []
+
+
+def test_what_was_learned_survives_a_stop_in_the_end_point_search(run):
+    options = ("--network=gaussian:0.5", "--method=direct", "--steps=4", "--objective=endpoint", "--quiet")
+    assert run(*options, "--out=whole.npy").exit_code == 0
+    with stopped_in(sensitivity.Travel, "run"):
+        result = run(*options, "--out=g.npy")
+    assert result.exit_code == 1
+    expected = "stopped during end-point objective; what was learned is in g.ckpt, continue with --resume"
+    assert str(result.exception) == expected
+    assert sorted(os.listdir()) == ["g.ckpt", "g.ckpt.ends", "whole.json", "whole.npy"]
+    assert run(*options, "--out=g.npy", "--resume").exit_code == 0
+    assert Path("g.npy").read_bytes() == Path("whole.npy").read_bytes()
+    assert sorted(os.listdir()) == ["g.json", "g.npy", "whole.json", "whole.npy"]
+    costs = [json.loads(Path(name).read_text())["evaluations_by_stage"] for name in ("g.json", "whole.json")]
+    assert costs[0] == costs[1]
+
+
+def test_more_steps_may_be_asked_for_when_going_on(run, monkeypatch):
+    """Exact ends that one K drew for itself serve both, and count once; stopped while they are drawn, few are lost."""
+    options = ("--network=gaussian:0.5", "--method=direct", "--refine", "--solver=euler", "--quiet")
+    assert run(*options, "--steps=3,4", "--out=whole{steps}.npy").exit_code == 0
+    original, calls = sensitivity.Travel.piece, []
+    kept = lambda: torch.load("g3.ckpt.ends", weights_only=True)
+
+    def late(self, *args):
+        calls.append(self.pieces.identity)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity.Travel, "piece", late)
+        assert run(*options, "--steps=3", "--out=g{steps}.npy").exit_code == 1
+    before = kept()
+    assert calls == [load_network("gaussian:0.5").identity] * 6 and len(before) == 5
+    with stopped_in(refine._Refinement, "_iterate", signal.SIGTERM):
+        assert run(*options, "--steps=3", "--out=g{steps}.npy", "--resume").exit_code == 1
+    assert len(kept()) == 8 and before.keys() < kept().keys()
+    seconds = sum(piece[2] for piece in kept().values())
+    assert run(*options, "--steps=3,4", "--out=g{steps}.npy", "--resume").exit_code == 0
+    for k in (3, 4):
+        assert Path(f"g{k}.npy").read_bytes() == Path(f"whole{k}.npy").read_bytes()
+        records = [json.loads(Path(f"{stem}{k}.json").read_text()) for stem in ("g", "whole")]
+        assert records[0]["evaluations_by_stage"] == records[1]["evaluations_by_stage"]
+        assert records[0]["seconds_by_stage"]["ends"] > seconds > 0  # though all of them were found
+
+
+def test_ends_that_several_share_are_solved_once_whatever_stops_the_refinement(run, monkeypatch):
+    """Those of the end-point objective serve it, too; stopped in it, a run that goes on solves none again."""
+    options = ("--network=gaussian:0.5", "--method=direct", "--steps=3,4", "--objective=endpoint", "--refine",
+               "--solver=euler", "--quiet")
+    original, solved = exact_ends.solve_ends, []
+
+    def counted(denoiser, *args):
+        before = denoiser.evaluations
+        result = original(denoiser, *args)
+        solved.append(denoiser.evaluations - before)
+        return result
+
+    monkeypatch.setattr(exact_ends, "solve_ends", counted)
+    assert run(*options, "--out=whole{steps}.npy").exit_code == 0
+    path = 157  # evaluations: 40 steps of RK4, the last of them Euler's
+    assert solved == [64 * path, 192 * path, 64 * path]  # the refinement's first 64 are those of the objective
+    with stopped_in(refine._Refinement, "_iterate", signal.SIGTERM):
+        result = run(*options, "--out=g{steps}.npy")
+    assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
+    assert {"g3.ckpt", "g3.ckpt.ends", "g3.ckpt.refine"} <= set(os.listdir())
+    assert run(*options, "--out=g{steps}.npy", "--resume").exit_code == 0
+    assert solved[-3:] == [0, 0, 0]
+    for name in ("3", "4"):
+        assert Path(f"g{name}.npy").read_bytes() == Path(f"whole{name}.npy").read_bytes()
+        records = [json.loads(Path(f"{stem}{name}.json").read_text()) for stem in ("g", "whole")]
+        assert records[0]["evaluations_by_stage"] == records[1]["evaluations_by_stage"]
+    assert not [name for name in os.listdir() if "ckpt" in name]
+
+
+def test_the_objective_of_the_reverse_sde_moves_the_levels_down(run):
+    """Gaussian data: density sigma^(-1/3) (s^2 + sigma^2)^(-4/3) against ART's (s^2 + sigma^2)^(-3/4)."""
+    result = run(*DIRECT, "--steps=10", "--out=sde.npy", "--objective=sde")
+    assert result.exit_code == 0, result.stderr
+    assert run(*DIRECT, "--steps=10", "--out=plain.npy").exit_code == 0
+    sigma = np.geomspace(1e-6, 80, 200_001)
+    middle, found = {}, {}
+    for name, density in (("sde", sigma ** (-1 / 3) * (0.25 + sigma**2) ** (-4 / 3)),
+                          ("plain", (0.25 + sigma**2) ** -0.75)):
+        passed = np.concatenate([[0], np.cumsum(np.diff(sigma) * (density[1:] + density[:-1]) / 2)])
+        middle[name] = np.interp(0.5, passed / passed[-1], sigma)
+        found[name] = load_grid(f"{name}.npy").values[5]
+    assert found["plain"] == pytest.approx(middle["plain"], rel=0.01)
+    assert found["sde"] == pytest.approx(middle["sde"], rel=0.5)  # its steps are not short: eight of 85 levels
+    assert found["sde"] < 0.3 * found["plain"]
+    assert json.loads(Path("sde.json").read_text())["settings"]["solver"] == "sde"
+    refused = run(*DIRECT, "--objective=sde", "--refine")
+    assert refused.exit_code == 2 and "deterministic" in refused.stderr

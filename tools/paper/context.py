@@ -1,0 +1,128 @@
+"""What experiments share: networks and references by their official names, runs and samples that are kept.
+
+Symbols
+-------
+resource    a file that NVIDIA publishes, looked for in one folder under its official name
+lacking     (resource or option, where it is had) for what an experiment needs and this machine does not have
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import torch
+
+from art_edm.compare.sample_cache import Work
+from art_edm.compare.score_grids import mnist_reference
+from art_edm.learning.config import PRESETS, TrainConfig
+from art_edm.metrics.detectors import INCEPTION_URL, Detector, load_detector
+from art_edm.metrics.frechet import Moments
+from art_edm.metrics.references import load_reference
+from art_edm.models.loading import Network, load_network
+from art_edm.runtime.distributed import World
+from art_edm.runtime.progress import GracefulStop
+from art_edm.runtime.store import Cells
+from paper.kept_runs import Run, learn
+
+__all__ = ["INCEPTION", "Lab", "address_of"]
+
+_CDN = "https://nvlabs-fi-cdn.nvidia.com"
+INCEPTION = INCEPTION_URL.rpartition("/")[2]
+_FOLDERS = {"edm-": f"{_CDN}/edm/pretrained", "edm2-": f"{_CDN}/edm2/posthoc-reconstructions",
+            "img512": f"{_CDN}/edm2/dataset-refs", "inception": INCEPTION_URL.rpartition("/")[0]}
+
+
+def address_of(name: str) -> str:
+    """Where the file of this official name is published."""
+    folder = next((url for start, url in _FOLDERS.items() if name.startswith(start)), f"{_CDN}/edm/fid-refs")
+    return f"{folder}/{name}"
+
+
+@dataclass
+class Lab:
+    """Where things are, and how work is done.
+
+    Args:
+        cells: finished work.
+        networks: folder with the files of `address_of`.
+        mnist: folder with MNIST's four files; None downloads them once.
+        cifar10: archive or folder of CIFAR-10 as JPEGs, train/CLASS/NNNN.jpg.
+        num: images per cell in place of an experiment's own number.
+        seed: of training and of sampling.
+        forced: the device was asked for by name: networks that need a GPU are run without one.
+        trust: run the code of pickles that are not known.
+    """
+
+    cells: Cells
+    world: World
+    out: Path
+    networks: Optional[Path] = None
+    mnist: Optional[Path] = None
+    cifar10: Optional[Path] = None
+    num: Optional[int] = None
+    seed: int = 0
+    batch: int = 64
+    quiet: bool = True
+    forced: bool = False
+    trust: bool = False
+    stop: Optional[GracefulStop] = None
+    _networks: Dict[str, Network] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks are evaluated."""
+        return self.world.device
+
+    @property
+    def lead(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.world.rank == 0
+
+    def work(self, batch: Optional[int] = None) -> Work:
+        """How samples are made."""
+        return Work(self.cells, self.world, batch or self.batch, stop=self.stop)
+
+    def file(self, name: str) -> Optional[Path]:
+        """The file of this official name, if it is there."""
+        path = None if self.networks is None else self.networks / name
+        return path if path is not None and path.is_file() else None
+
+    def lacking(self, names: List[str]) -> List[Tuple[str, str]]:
+        """What of these files is not there, and a GPU where any is used."""
+        found = [(name, f"`curl -LO {address_of(name)}`, in the folder for --networks")
+                 for name in names if self.file(name) is None]
+        if names and self.device.type == "cpu" and not self.forced:
+            found.append(("a GPU", "weeks on a CPU; --device=cpu to do it all the same, with --num=N"))
+        return found
+
+    def network(self, name: str) -> Network:
+        """A network by its official file name, or as `load_network` names it; loaded once."""
+        if name not in self._networks:
+            path = self.file(name)
+            self._networks[name] = load_network(str(path or name), self.device, trust=self.trust)
+        return self._networks[name]
+
+    def detector(self, name: str, network: Network, scores: bool = False) -> Detector:
+        """The detector `lenet`, or Inception from the folder of the networks."""
+        shape = network.denoiser.img_shape
+        if name != "lenet":
+            name = str(self.file(INCEPTION) or INCEPTION)
+            shape = (3, shape[1], shape[2])
+        return load_detector(name, shape, self.device, scores, quiet=True)
+
+    def reference(self, name: str, detector: Detector) -> Moments:
+        """Moments of a data set's features: mnist:train, or an official file."""
+        if name == "mnist:train":
+            return mnist_reference("train", detector, self.device, self.cells, self.mnist)
+        reference = load_reference(str(self.file(name) or name), quiet=True)
+        if reference.dim != detector.dim:
+            raise ValueError(f"{name} has {reference.dim} features, {detector.name} gives {detector.dim}; expected "
+                             f"the same detector: get both again from {address_of(name)} and {INCEPTION_URL}")
+        return reference.mu, reference.cov
+
+    def run(self, network: Network, **settings: object) -> Run:
+        """A run of ART-RL by the default recipe but for `settings`; kept."""
+        config: TrainConfig = replace(PRESETS["default"], **{"seed": self.seed, **settings})
+        return learn(network, config, self.cells, self.world, self.quiet or not self.lead)

@@ -1,0 +1,103 @@
+"""Transfer: a grid learned on one field, used on another; what it costs not to learn again.
+
+Symbols
+-------
+field    mnist, the bundled network; mnist-set and cifar10-set, the exact fields of real images
+error    RMS distance of end points to a fine Heun solution from the same noise
+cost     error of a grid over that of the grid learned on the field itself
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Dict, NamedTuple
+
+from art_edm.compare.sample_cache import EndPointError, Samples, end_point_error, end_points
+from art_edm.grids.grid import Grid
+from art_edm.models.loading import Network
+from art_edm.sampling.baselines import hand_made
+from art_edm.sampling.solvers import nfe, supported
+from paper.context import Lab
+from paper.experiments import Experiment
+from paper.kept_runs import Run
+from paper.report import Result
+from paper.tables.empirical_fields import cifar10_images, empirical, mnist_images
+
+__all__ = ["Fine", "endpoint", "fields", "run_transfer"]
+
+SET = 2000  # images of an exact field
+SOLVERS = ("heun", "euler")
+
+
+class Fine(NamedTuple):
+    """The solution that end points are compared with: steps of Heun's method on EDM's grid, from these noises."""
+
+    noises: int
+    num_steps: int = 100
+
+
+def fields(lab: Lab, size: int = SET) -> Dict[str, Network]:
+    """The fields that can be had here."""
+    images = mnist_images(lab.mnist, size)
+    found = {"mnist": lab.network("mnist"), "mnist-set": empirical("mnist-set", images, lab.device)}
+    if lab.cifar10 is not None:
+        found["cifar10-set"] = empirical("cifar10-set", cifar10_images(lab.cifar10, size), lab.device)
+    return found
+
+
+def endpoint(network: Network, grid: Grid, solver: str, fine: Fine, lab: Lab) -> EndPointError:
+    """End-point error of a grid; on processes other than the first, zeros."""
+    denoiser = network.denoiser
+    exact = hand_made(denoiser, fine.num_steps)["edm"]
+    work = lab.work(batch=fine.noises)
+    points = end_points(Samples(network, supported(denoiser, grid), solver, fine.noises, lab.seed + 1), work)
+    reference = end_points(Samples(network, exact, "heun", fine.noises, lab.seed + 1), work)
+    return end_point_error(points, reference) if points is not None else EndPointError(0.0, 0.0, 0.0)
+
+
+def run_transfer(experiment: Experiment, lab: Lab) -> Result:
+    """Rows: where the grid was learned, and EDM's; columns: field, solver, number of steps."""
+    began, known = time.monotonic(), fields(lab)
+    runs = {name: lab.run(network) for name, network in known.items()}
+    fine = Fine(lab.num or experiment.num)
+    columns = [(field, solver, k) for field in known for solver in SOLVERS for k in experiment.steps]
+    found = {row: [_error(row, *column, known, runs, fine, lab) for column in columns]
+             for row in [*known, "edm", "dpm"]}
+    own = [found[field][i].error for i, (field, _, _) in enumerate(columns)]
+    result = Result(
+        experiment.name, experiment.title, "end-point error (RMS over pixels and noises)",
+        [f"{field} {solver} {k}" for field, solver, k in columns],
+        {_title(row): [error.error for error in errors] for row, errors in found.items()},
+        {_title(row): [error.stderr for error in errors] for row, errors in found.items()},
+        more={
+            "Median over noises": {_title(row): [error.median for error in errors] for row, errors in found.items()},
+            "Cost: error over that of the grid learned on the field itself": {
+                _title(row): [error.error / mine if mine else None for error, mine in zip(errors, own)]
+                for row, errors in found.items()},
+        },
+    )
+    result.settings = {
+        "images of an exact field": SET, "noises": fine.noises, "fine": f"Heun, {fine.num_steps} steps, EDM's rule",
+        "seed": lab.seed, "NFE": {f"{solver} {k}": nfe(solver, k) for solver in SOLVERS for k in experiment.steps},
+        "price of distillation": {name: run.profile.price for name, run in runs.items()},
+        "seconds": time.monotonic() - began,
+    }
+    result.notes = ["Rows: the field the grid was learned on. mnist is the bundled network; the sets are exact: the "
+                    f"score of {SET:,} training images, whose paths end on one of them. A path that ends on another "
+                    "image than the fine solution's dominates the RMS; the median is hardly touched by it."]
+    return result
+
+
+def _title(row: str) -> str:
+    return row if row in ("edm", "dpm") else f"learned on {row}"
+
+
+def _error(
+    row: str, field: str, solver: str, num_steps: int, known: Dict[str, Network], runs: Dict[str, Run], fine: Fine,
+    lab: Lab,
+) -> EndPointError:
+    denoiser = known[field].denoiser
+    grid = runs[row].grid(num_steps) if row in runs else hand_made(denoiser, num_steps)[row]
+    return endpoint(known[field], grid, solver, fine, lab)
+
+
