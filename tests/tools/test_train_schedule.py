@@ -284,7 +284,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, run, uninterrupted, 
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path, run, monkeypatch):
     with monkeypatch.context() as patch:  # Ctrl-C in the first iteration
-        patch.setattr("art_edm.learning.training.rollout", 
+        patch.setattr("art_edm.learning.training.rollout",
                       lambda *args: signal.raise_signal(signal.SIGINT) or rollout(*args))
         assert run(*LONG, "--out=g.npy", "--quiet").exit_code == 1
     before = (tmp_path / "g.ckpt").read_bytes()

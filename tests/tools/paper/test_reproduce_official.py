@@ -250,7 +250,8 @@ def test_torchrun_gives_the_figures_of_one_process(done, tmp_path):
                str(tmp_path / "driver.py"), json.dumps(SHORT), str(NUM), str(tmp_path / "share"),
                str(ROOT / "tools" / "reproduce.py"), "table2", "table7", f"--networks={lab.networks}",
                f"--out={tmp_path / 'out'}", f"--cache={tmp_path / 'cells'}", "--device=cpu", "--batch=5"]
-    path = os.pathsep.join([str(lab.networks.parent / "python"), str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    places = [lab.networks.parent / "python", ROOT, ROOT / "tools", os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(map(str, places)).rstrip(os.pathsep)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
     assert run.returncode == 0, run.stderr[-3000:]
