@@ -58,7 +58,7 @@ def main(
     from art_edm.runtime.distributed import world
     from art_edm.runtime.files import cache_dir
     from art_edm.runtime.progress import GracefulStop
-    from art_edm.runtime.store import Cells
+    from art_edm.runtime.store import Store
 
     say = (lambda text: None) if quiet else click.echo
     chosen = select(names)
@@ -67,8 +67,8 @@ def main(
         with here.phase():  # everything that can fail early
             check_plotting()
             out.mkdir(parents=True, exist_ok=True)
-            cells = Cells(cache or cache_dir() / "cells")
-        lab = Lab(cells, here, out, networks, given, cifar10, num, seed, batch, quiet, device != "auto", trust_pickle,
+            store = Store(cache or cache_dir() / "cells")
+        lab = Lab(store, here, out, networks, given, cifar10, num, seed, batch, quiet, device != "auto", trust_pickle,
                   stop)
         if listing:
             for item in chosen:

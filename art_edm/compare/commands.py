@@ -22,7 +22,7 @@ from art_edm.runtime.cli import Command, command_line, versions
 from art_edm.runtime.distributed import World, world
 from art_edm.runtime.files import cache_dir, check_destination
 from art_edm.runtime.progress import GracefulStop, Progress
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import choose_grids
 from art_edm.sampling.solvers import SOLVERS
 
@@ -78,8 +78,8 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _cells(options: Dict[str, Any]) -> Cells:
-    return Cells(options["cache"] or cache_dir() / "cells")
+def _store(options: Dict[str, Any]) -> Store:
+    return Store(options["cache"] or cache_dir() / "cells")
 
 
 def _detector(options: Dict[str, Any], shape: Tuple[int, int, int], here: World) -> Detector:
@@ -90,7 +90,7 @@ def _detector(options: Dict[str, Any], shape: Tuple[int, int, int], here: World)
 
 
 def _reference(
-    options: Dict[str, Any], detector: Detector, cells: Cells, here: World
+    options: Dict[str, Any], detector: Detector, store: Store, here: World
 ) -> Tuple[Optional[Moments], Row, List[str]]:
     """Moments, their record and notes for the user; a ValueError for those of other features."""
     spec = options["ref"]
@@ -99,7 +99,7 @@ def _reference(
     if spec is None:
         raise click.UsageError("found no --ref, expected the statistics of a data set for fid")
     if spec in (f"{MNIST}train", f"{MNIST}test"):
-        found = mnist_reference(spec[len(MNIST):], detector, here.device, cells, options["data"])
+        found = mnist_reference(spec[len(MNIST):], detector, here.device, store, options["data"])
         return found, {"source": spec}, []
     reference = load_reference(spec, options["quiet"] or here.rank > 0)
     notes = reference.notes_for(detector.name, detector.sha256, detector.dim)
@@ -188,14 +188,14 @@ def gen_command(**options: Any) -> None:
     quiet = options["quiet"]
     with world(options["device"]) as here:
         with here.phase():  # everything that can fail early
-            cells = _cells(options)
+            store = _store(options)
             _destinations(options["paths"])
             network = load_network(options["network"], here.device, options["gnet"], options["guidance"],
                                    options["class_idx"], options["trust_pickle"], quiet or here.rank > 0)
-            plan, reference = _plan(options, network, cells, here)
+            plan, reference = _plan(options, network, store, here)
         progress = Progress(plan.evaluations, "evaluations", quiet or here.rank > 0)
         with GracefulStop() as stop, closing(progress):
-            rows = score(plan, Work(cells, here, options["batch"], progress, stop))
+            rows = score(plan, Work(store, here, options["batch"], progress, stop))
         if here.rank == 0:
             record = _record(options, plan.detector, reference, here)
             record.update(network={"name": network.name, "sha256": network.sha256, **network.details},
@@ -203,7 +203,7 @@ def gen_command(**options: Any) -> None:
             _report(options["paths"], rows, record)
 
 
-def _plan(options: Dict[str, Any], network: Network, cells: Cells, here: World) -> Tuple[Plan, Row]:
+def _plan(options: Dict[str, Any], network: Network, store: Store, here: World) -> Tuple[Plan, Row]:
     """What is to be done, and the record of the reference."""
     choices = choose_grids(options["grids"], options["steps"], network.denoiser)
     fine = Fine(options["error_noises"], options["error_steps"], options["error_solver"])
@@ -213,7 +213,7 @@ def _plan(options: Dict[str, Any], network: Network, cells: Cells, here: World) 
         return plan, {}
     check_images(network)
     detector = _detector(options, network.denoiser.img_shape, here)
-    moments, record, notes = _reference(options, detector, cells, here)
+    moments, record, notes = _reference(options, detector, store, here)
     _show([*notes, *_few(options["num"], options["metrics"])])
     splits = options["splits"] if "is" in options["metrics"] else 0
     if splits > options["num"]:
@@ -244,15 +244,15 @@ def compare_command(**options: Any) -> None:
     """
     with world(options["device"]) as here:
         with here.phase():  # everything that can fail early
-            cells, entries = _cells(options), parse_entries(options["folders"])
+            store, entries = _store(options), parse_entries(options["folders"])
             paths = _outputs(options["prefix"], any(entry.nfe is not None for entry in entries))
             sets, blocks = open_entries(entries, options["block"], options["num"])
             detector = _detector(options, sets[0].shape, here)
-            reference, record, notes = _reference(options, detector, cells, here)
+            reference, record, notes = _reference(options, detector, store, here)
             _show([*notes, *_few(len(sets[0]) // blocks, options["metrics"])])
         splits = options["splits"] if "is" in options["metrics"] else 0
         settings = Settings(options["batch"], options["workers"], splits, options["quiet"])
-        rows, notes = compare(entries, sets, blocks, detector, reference, cells, here, settings)
+        rows, notes = compare(entries, sets, blocks, detector, reference, store, here, settings)
         if here.rank == 0:
             _show(notes)
             _report(paths, rows, _record(options, detector, record, here))

@@ -1,8 +1,8 @@
-"""Samples of a network on a grid, measured once: every cell is kept, and a killed run continues inside it.
+"""Samples of a network on a grid, measured once: every entry is kept, and a killed run continues inside it.
 
 Symbols
 -------
-cell       (network, grid, solver, seed, block) and what is kept of its images: features, or the end points
+entry      (network, grid, solver, seed, block) and what is kept of its images: features, or the end points
 block      the images of the indices first, ..., first + num - 1; seed 0 is upstream's --seeds=first-(first+num-1)
 end point  where a path ends, float64, not rounded to pixels
 r          RMS over pixels between two end points from the same noise, [M]
@@ -30,17 +30,16 @@ from art_edm.models.loading import Network
 from art_edm.runtime.distributed import World
 from art_edm.runtime.errors import Stopped
 from art_edm.runtime.progress import GracefulStop, Progress
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Content, Store
 from art_edm.sampling.noise import noise_and_labels
 from art_edm.sampling.solvers import nfe, sample
 
-__all__ = ["EndPointError", "Samples", "Work", "cell", "check_images", "end_point_error", "end_points", "features"]
+__all__ = ["EndPointError", "Samples", "Work", "check_images", "end_point_error", "end_points", "entry", "features"]
 
-Content = Dict[str, np.ndarray]
 Span = Tuple[int, int]
 
 SAVE_EVERY = 10.0  # s; what a killed run loses at most, beside one batch
-_METHOD = 1  # raised whenever the same cell would get other numbers; versions of torch or numpy differ by rounding only
+_METHOD = 1  # raised whenever the same entry would get other numbers; versions of torch differ by rounding only
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,10 @@ class Work:
         batch: images per evaluation.
         progress: told the evaluations done, of all processes.
         stop: looked at after every step of the solver.
-        save_every: seconds between two writings of an unfinished cell.
+        save_every: seconds between two writings of an unfinished entry.
     """
 
-    cells: Cells
+    store: Store
     world: World
     batch: int = 64
     progress: Optional[Progress] = None
@@ -127,13 +126,13 @@ def features(samples: Samples, detector: Detector, work: Work, splits: int = 0) 
     """
     kind = {"kind": "features", "detector": detector.sha256, "splits": splits}
     make = lambda: FeatureTally(samples.first, samples.num, detector, samples.network.denoiser.device, splits)
-    return cell(samples, kind, make, work)
+    return entry(samples, kind, make, work)
 
 
 def end_points(samples: Samples, work: Work) -> Optional[np.ndarray]:
     """End points float64 [num, C H W]; only on process 0, None on the others. Raises as `features`."""
     size = int(np.prod(samples.network.denoiser.img_shape))
-    content = cell(samples, {"kind": "end points"}, lambda: EndPoints(samples.first, samples.num, size), work)
+    content = entry(samples, {"kind": "end points"}, lambda: EndPoints(samples.first, samples.num, size), work)
     return None if content is None else content["points"]
 
 
@@ -155,13 +154,13 @@ def end_point_error(points: np.ndarray, fine: np.ndarray) -> EndPointError:
     return EndPointError(error, stderr, float(np.median(np.sqrt(square))))
 
 
-def cell(samples: Samples, kind: Dict[str, Any], make: Callable[[], Tally], work: Work) -> Optional[Content]:
-    """The finished cell, from the store or made now by all processes."""
+def entry(samples: Samples, kind: Dict[str, Any], make: Callable[[], Tally], work: Work) -> Optional[Content]:
+    """The finished entry, from the store or made now by all processes."""
     what, world, end = {**samples.what, **kind}, work.world, work.done + samples.evaluations
     with world.phase():  # all look before any writes
-        content = work.cells.load(what)
+        content = work.store.load(what)
         tally = make()
-        covered = [] if content is not None else _adopt(tally, work.cells.parts(what), world)
+        covered = [] if content is not None else _adopt(tally, work.store.parts(what), world)
     if content is None:
         with world.phase():
             _sample(samples, what, tally, covered, work)
@@ -241,34 +240,33 @@ def _images(denoiser: Denoiser, samples: Samples, indices: range, work: Work) ->
 
 
 def _keep(what: Dict[str, Any], tally: Tally, work: Work) -> None:
-    """Write the unfinished cell."""
-    with _room(work.cells):
-        work.cells.save_part(what, work.world.rank, tally.content())
+    """Write the unfinished entry."""
+    with _room():
+        work.store.save_part(what, work.world.rank, tally.content())
 
 
 def _finish(
     samples: Samples, what: Dict[str, Any], tally: Tally, make: Callable[[], Tally], work: Work
 ) -> Content:
-    """Put the processes' parts together in the order of their ranks, and write the cell."""
+    """Put the processes' parts together in the order of their ranks, and write the entry."""
     if work.world.size > 1:
         tally = make()
-        for rank, content in work.cells.parts(what):
+        for rank, content in work.store.parts(what):
             if rank < work.world.size:
                 tally.merge(content)
     if missing(tally.covered, samples.first, samples.first + samples.num):
-        found = f"found not all processes' images in {work.cells.folder}"
+        found = f"found not all processes' images in {work.store.folder}"
         raise ValueError(f"{found}; expected a folder that all of them share: change --cache")
     content = tally.finished()
-    with _room(work.cells):
-        work.cells.save(what, content)
+    with _room():
+        work.store.save(what, content)
     return content
 
 
 @contextmanager
-def _room(cells: Cells) -> Iterator[None]:
-    """A full disk is not the end: say what to do."""
+def _room() -> Iterator[None]:
+    """A full disk is not the end: what the store says of it asks to run again."""
     try:
         yield
     except OSError as error:
-        raise Stopped(f"cannot write to {cells.folder} ({error.strerror or error}); what was finished is kept: remove "
-                      "the cause and run the same command again") from None
+        raise Stopped(str(error)) from None

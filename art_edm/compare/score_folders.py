@@ -30,7 +30,7 @@ from art_edm.metrics.image_folders import ImageSet, lossy_note, open_images
 from art_edm.metrics.standard_errors import GROUPS, Measurement
 from art_edm.runtime.distributed import World
 from art_edm.runtime.progress import Progress
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 
 __all__ = ["Entry", "Settings", "blocks_of", "compare", "open_entries", "parse_entries", "pooled"]
 
@@ -121,21 +121,21 @@ def pooled(parts: Sequence[Tuple[int, Moments]]) -> Moments:
 
 def compare(
     entries: Sequence[Entry], sets: Sequence[ImageSet], blocks: int, detector: Detector, reference: Optional[Moments],
-    cells: Cells, world: World, settings: Settings,
+    store: Store, world: World, settings: Settings,
 ) -> Tuple[List[Row], List[str]]:
     """Score every entry, and its difference to the first name at the same NFE.
 
     Args:
         entries, sets, blocks: see `open_entries`.
         reference: for the FID; None for the Inception score alone.
-        cells: keep the statistics of images, so that they are computed once.
+        store: keep the statistics of images, so that they are computed once.
     Returns:
         Rows for `tables` and notes for the user; the same on every process.
     """
     rows, fids, notes = [], [], []
     for entry, images in zip(entries, sets):
         folder = _Folder(entry, images, blocks, detector, reference is not None, settings)
-        measure = _Measure(folder, cells, world)
+        measure = _Measure(folder, store, world)
         row: Row = {"name": entry.name, "nfe": entry.nfe, "path": entry.path, "images": len(images) // blocks,
                     "blocks": blocks}
         if reference is not None:
@@ -178,8 +178,8 @@ class _Folder(NamedTuple):
 class _Measure:
     """The statistics of a folder: those of an earlier run, if the files are the same, or new ones."""
 
-    def __init__(self, folder: _Folder, cells: Cells, world: World) -> None:
-        self.folder, self.cells, self.world = folder, cells, world
+    def __init__(self, folder: _Folder, store: Store, world: World) -> None:
+        self.folder, self.store, self.world = folder, store, world
         self.notes = list(folder.images.notes)
         self._files = _fingerprint(folder.images)
         self._lossy: Optional[str] = None  # a note, once the images have been checked
@@ -209,7 +209,7 @@ class _Measure:
             "subset": [subset.start, subset.stop, subset.step], "splits": splits,
         }
         with self.world.phase():  # all look before any writes
-            content = self.cells.load(what)
+            content = self.store.load(what)
             if content is None and self._lossy is None:  # headers of all images, before the first is measured
                 images = self.folder.images
                 self._lossy = lossy_note(images, images.check(range(len(images)))) or ""
@@ -217,7 +217,7 @@ class _Measure:
             content = {**_content(self._measured(subset, splits)), "note": np.array(self._lossy)}
             with self.world.phase():
                 if self.world.rank == 0:
-                    self.cells.save(what, content)
+                    self.store.save(what, content)
         note = str(content["note"])
         self.notes += [note] if note and note not in self.notes else []
         self._done += len(subset)

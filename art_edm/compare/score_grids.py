@@ -25,7 +25,7 @@ from art_edm.metrics.frechet import Moments, frechet_distance, moments
 from art_edm.metrics.mnist import FILES, load_mnist
 from art_edm.metrics.standard_errors import GROUPS, Measurement, groups_of
 from art_edm.models.loading import Network
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import Choice, hand_made
 from art_edm.sampling.solvers import nfe, supported
 
@@ -169,8 +169,8 @@ def _error(plan: Plan, choice: Choice, solver: str, work: Work) -> Row:
             "error_noises": fine.noises * plan.blocks}
 
 
-def mnist_reference(split: str, detector: Detector, device: torch.device, cells: Cells, data: Any = None) -> Moments:
-    """Moments of the features of MNIST's `split` (train or test), kept in `cells`.
+def mnist_reference(split: str, detector: Detector, device: torch.device, store: Store, data: Any = None) -> Moments:
+    """Moments of the features of MNIST's `split` (train or test), kept in `store`.
 
     Args:
         data: folder with the four files; None downloads them once.
@@ -179,12 +179,12 @@ def mnist_reference(split: str, detector: Detector, device: torch.device, cells:
     """
     name = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}[split]
     what = {"kind": "mnist", "images": FILES[name], "detector": detector.sha256}
-    content = cells.load(what)
+    content = store.load(what)
     if content is None:
         running = RunningMoments(detector.dim, device)
         for pixels in load_mnist(split, data)[0].split(500):
             running.update(detector.features(pixels[:, None].to(device)))
         mu, cov = running.result()
         content = {"mu": mu, "cov": cov[np.triu_indices(len(cov))]}
-        cells.save(what, content)
+        store.save(what, content)
     return moments_of(content)

@@ -19,7 +19,7 @@ from art_edm.grids.grid import Grid
 from art_edm.metrics.standard_errors import Measurement, difference
 from art_edm.runtime.distributed import ALONE
 from art_edm.runtime.files import write_json
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import nfe
 
 from .solver_clocks import RULES, STEPS, Bench
@@ -48,8 +48,8 @@ def measured(lab: Lab, grid: Grid, solver: str, num: int) -> Measurement:
 def main(solvers: str, steps: str, rules: str, num: int, noises: int, mnist: Optional[Path], clocks: Path, cache: Path,
          out: Path) -> None:
     """A line for each solver and rule: LeNet-FID, and less ART's."""
-    lab = Lab(Cells(cache), ALONE, out.parent, mnist=mnist)
-    bench, counts = Bench(lab.network(NETWORK), noises, Cells(clocks)), [int(k) for k in steps.split(",")]
+    lab = Lab(Store(cache), ALONE, out.parent, mnist=mnist)
+    bench, counts = Bench(lab.network(NETWORK), noises, Store(clocks)), [int(k) for k in steps.split(",")]
     table: Dict[str, Any] = {}
     for solver in solvers.split(","):
         values = {rule: [measured(lab, Grid(bench.cell(rule, solver, k)["levels"]), solver, num) for k in counts]

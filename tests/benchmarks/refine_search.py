@@ -1,6 +1,6 @@
 """`refine` against a long search: Adam through autograd, 500 iterations on 64 noises; both judged on 256 others.
 
-Cells are kept in --cache as they are finished, so that a long table can be made in pieces and in any order.
+Entries are kept in --cache as they are finished, so that a long table can be made in pieces and in any order.
 Run by hand:
     python tests/benchmarks/refine_search.py --fields=oned,mixture,images --cache=cells --out=refine_search.json
     python tests/benchmarks/refine_search.py --fields=mnist --solvers=heun --steps=5,10 --cache=cells
@@ -31,7 +31,7 @@ from art_edm.refining.levenberg_marquardt import parameters_of
 from art_edm.refining.refine import RefineConfig, refine
 from art_edm.refining.refine_all import starts
 from art_edm.runtime.files import write_json
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import SOLVERS, integrate, sample, slope_of
 
 HELD, SEARCHED, STARTED = 256, 64, 24  # noises that judge, of the long search, of ART's profile
@@ -134,12 +134,12 @@ def refined(denoiser: Denoiser, solver: str, k: int, config: RefineConfig) -> Di
     return {**arrays(cost), **judged(denoiser, solver, refined=result.grid)}
 
 
-def kept(cells: Cells, what: Dict[str, Any], make: Callable[[], Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
+def kept(store: Store, what: Dict[str, Any], make: Callable[[], Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
     """The finished cell, made if it is not there."""
-    content = cells.load(what)
+    content = store.load(what)
     if content is None:
         content = make()
-        cells.save(what, content)
+        store.save(what, content)
     return content
 
 
@@ -172,7 +172,7 @@ def row(content: Dict[str, np.ndarray]) -> Dict[str, Any]:
 @click.option("--out", type=click.Path(path_type=Path))
 def main(fields: str, solvers: str, steps: str, iterations: int, batch: int, cache: Path, out: Optional[Path]) -> None:
     """Table of end-point errors: ART's grid, the long search's, the refined one."""
-    cells, config, table = Cells(cache), RefineConfig(), {}
+    store, config, table = Store(cache), RefineConfig(), {}
     for name in fields.split(","):
         denoiser, identity = field_of(name)
         for parameter in denoiser.parameters():
@@ -181,9 +181,9 @@ def main(fields: str, solvers: str, steps: str, iterations: int, batch: int, cac
             for k in (int(part) for part in steps.split(",")):
                 what = {"refine_search": 1, "field": identity, "solver": solver, "steps": k}
                 content = {
-                    **kept(cells, {**what, "iterations": iterations, "rate": RATE},
+                    **kept(store, {**what, "iterations": iterations, "rate": RATE},
                            partial(searched, denoiser, solver, k, iterations, batch)),
-                    **kept(cells, {**what, "config": asdict(config), "version": 2},
+                    **kept(store, {**what, "config": asdict(config), "version": 2},
                            partial(refined, denoiser, solver, k, config)),
                 }
                 table.setdefault(name, {}).setdefault(solver, {})[str(k)] = shown = row(content)

@@ -1,7 +1,7 @@
 """Where each solver ends on which grid: EDM's rule, ART's clock, its own clock, the end-point objective, refined.
 
 The clocks are optimal ones (`--method=direct`); errors are RMS distances from exact end points over noises apart
-from those that choose. Cells are kept in --cache, so that a long table can be made in pieces.
+from those that choose. Entries are kept in --cache, so that a long table can be made in pieces.
 Run by hand:
     python -m tests.benchmarks.solver_clocks mnist gaussian:0.5 oned --cache=cells --out=solver_clocks.json
     python -m tests.benchmarks.solver_clocks empirical-mnist --mnist=DIR --rules=edm,art,endpoint --cache=cells
@@ -31,7 +31,7 @@ from art_edm.refining.refine import RefineConfig, refine
 from art_edm.refining.refine_all import starts
 from art_edm.runtime.cli import command_line
 from art_edm.runtime.files import write_json
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import fitted, nfe, sample
 
 STEPS = (3, 5, 7, 10, 18)
@@ -45,9 +45,9 @@ METHODS = {"endpoint": 5, "refined": 8}  # one more whenever a rule's grids chan
 class Bench:
     """One field: its clocks, its judges, and what is known already."""
 
-    def __init__(self, network: Network, noises: int, cells: Cells, seed: int = SEED) -> None:
+    def __init__(self, network: Network, noises: int, store: Store, seed: int = SEED) -> None:
         self.seed = seed
-        self.network, self.denoiser, self.noises, self.cells = network, network.denoiser, noises, cells
+        self.network, self.denoiser, self.noises, self.store = network, network.denoiser, noises, store
         self.profiles: Dict[Optional[str], Profile] = {}
         self.drawn: Dict[RefineConfig, Drawn] = {}
         self.apart: Optional[Drawn] = None
@@ -55,11 +55,11 @@ class Bench:
         generator = torch.Generator().manual_seed(seed)
         self.latents = torch.randn((noises, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
         what = {**self._what(), "kind": "judges", "fine": FINE}
-        known = cells.load(what)
+        known = store.load(what)
         if known is None:
             ends = sample(self.denoiser, self.latents, self.rule(FINE), "rk4", batch=64)
             known = {"ends": ends.numpy()}
-            cells.save(what, known)
+            store.save(what, known)
         self.ends = torch.from_numpy(known["ends"])
 
     def _what(self) -> Dict[str, Any]:
@@ -115,12 +115,12 @@ class Bench:
         what = {**self._what(), "rule": rule, "solver": solver, "steps": steps}
         if rule in METHODS:
             what["method"] = METHODS[rule]
-        known = self.cells.load(what)
+        known = self.store.load(what)
         if known is None:
             grid, more = self.grid(rule, solver, steps)
             errors = rms(sample(self.denoiser, self.latents, grid, solver, batch=64) - self.ends).numpy()
             known = {"errors": errors, "levels": grid.values, **{name: np.array(value) for name, value in more.items()}}
-            self.cells.save(what, known)
+            self.store.save(what, known)
         errors = known["errors"]
         total = float(np.sqrt(np.square(errors).mean()))
         stderr = float(np.square(errors).std(ddof=1) / len(errors) ** 0.5 / (2 * total)) if total else 0.0
@@ -163,7 +163,7 @@ def main(
     counts, table = [int(k) for k in steps.split(",")], {}
     for name in fields:
         network = field(name, mnist, cifar10, images)
-        bench = Bench(network, noises, Cells(cache), seed)
+        bench = Bench(network, noises, Store(cache), seed)
         for solver in solvers.split(","):
             for rule in rules.split(","):
                 cells: List[Dict[str, Any]] = [bench.cell(rule, solver, k) for k in counts]

@@ -20,7 +20,7 @@ from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.loading import Network
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.distributed import World
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import Choice, choose_grids
 from art_edm.sampling.noise import latents
 
@@ -53,7 +53,7 @@ def samples(num=150, first=0, network=None, **options):
 
 
 def work(folder, batch=64, **options):
-    return Work(Cells(folder), World(), batch, **options)
+    return Work(Store(folder), World(), batch, **options)
 
 
 def gain(grid, solver="heun"):
@@ -158,7 +158,7 @@ class OneOf(World):
 
 def by_processes(folder, size, what, detector, batch):
     for rank in reversed(range(size)):
-        content = features(what, detector, Work(Cells(folder), OneOf(rank, size), batch), splits=2)
+        content = features(what, detector, Work(Store(folder), OneOf(rank, size), batch), splits=2)
         assert (content is None) == (rank > 0)
     return content
 
@@ -188,9 +188,9 @@ def test_a_float32_network_is_equal_up_to_a_few_pixels(tmp_path):
 
 
 def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
-    features(samples(), Linear(), Work(Cells(tmp_path / "b"), OneOf(1, 2), 7))
+    features(samples(), Linear(), Work(Store(tmp_path / "b"), OneOf(1, 2), 7))
     with pytest.raises(ValueError, match="not all processes' images in .*a; expected a folder that all"):
-        features(samples(), Linear(), Work(Cells(tmp_path / "a"), OneOf(0, 2), 7))
+        features(samples(), Linear(), Work(Store(tmp_path / "a"), OneOf(0, 2), 7))
 
 
 # --- choices -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from art_edm.compare.accumulators import moments_of
 from art_edm.compare.sample_cache import Work, features
 from art_edm.runtime.errors import Stopped
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from tests.compare.test_sample_cache import Linear, OneOf, gaussian, samples, work
 
 
@@ -50,11 +50,11 @@ def test_parts_of_three_processes_are_continued_by_one_and_by_two(tmp_path):
         network, folder = gaussian(), tmp_path / str(size)
         for rank, looks in ((0, 13), (1, 7), (2, 13)):
             with pytest.raises(Stopped):
-                three = Work(Cells(folder), OneOf(rank, 3), 16, stop=Stop(looks))
+                three = Work(Store(folder), OneOf(rank, 3), 16, stop=Stop(looks))
                 features(samples(network=network), Linear(300), three)
         made = network.denoiser.evaluations
         for rank in reversed(range(size)):
-            content = features(samples(network=network), Linear(300), Work(Cells(folder), OneOf(rank, size), 16))
+            content = features(samples(network=network), Linear(300), Work(Store(folder), OneOf(rank, size), 16))
         assert np.abs(moments_of(content)[1] - whole[1]).max() <= 1e-9 * np.abs(whole[1]).max()
         assert network.denoiser.evaluations - made == (150 - 5 * 16) * 9  # 2 + 1 + 2 batches were kept
         assert len(list(folder.iterdir())) == 1

@@ -12,7 +12,7 @@ from art_edm.compare.score_folders import Entry, Settings, blocks_of, compare, o
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.standard_errors import Measurement, difference, groups_of, jackknife
 from art_edm.runtime.distributed import World
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from tests.compare.test_sample_cache import Linear
 
 REFERENCE = np.zeros(3), 400 * np.eye(3)
@@ -34,7 +34,7 @@ def run(tmp_path, entries, block=50_000, num=None, detector=None, reference=REFE
     detector = detector or Linear(classes=3)
     sets, blocks = open_entries(entries, block, num)
     settings = Settings(batch=16, workers=0, splits=splits)
-    return compare(entries, sets, blocks, detector, reference, Cells(tmp_path / "cells"), World(), settings)
+    return compare(entries, sets, blocks, detector, reference, Store(tmp_path / "cells"), World(), settings)
 
 
 def fid(images):

@@ -23,7 +23,7 @@ from art_edm.metrics.references import load_reference
 from art_edm.models.loading import Network, load_network
 from art_edm.runtime.distributed import World
 from art_edm.runtime.progress import GracefulStop
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from paper.kept_runs import Run, learn
 
 __all__ = ["INCEPTION", "Lab", "address_of"]
@@ -45,7 +45,7 @@ class Lab:
     """Where things are, and how work is done.
 
     Args:
-        cells: finished work.
+        store: finished work.
         networks: folder with the files of `address_of`.
         mnist: folder with MNIST's four files; None downloads them once.
         cifar10: archive or folder of CIFAR-10 as JPEGs, train/CLASS/NNNN.jpg.
@@ -55,7 +55,7 @@ class Lab:
         trust: run the code of pickles that are not known.
     """
 
-    cells: Cells
+    store: Store
     world: World
     out: Path
     networks: Optional[Path] = None
@@ -82,7 +82,7 @@ class Lab:
 
     def work(self, batch: Optional[int] = None) -> Work:
         """How samples are made."""
-        return Work(self.cells, self.world, batch or self.batch, stop=self.stop)
+        return Work(self.store, self.world, batch or self.batch, stop=self.stop)
 
     def file(self, name: str) -> Optional[Path]:
         """The file of this official name, if it is there."""
@@ -115,7 +115,7 @@ class Lab:
     def reference(self, name: str, detector: Detector) -> Moments:
         """Moments of a data set's features: mnist:train, or an official file."""
         if name == "mnist:train":
-            return mnist_reference("train", detector, self.device, self.cells, self.mnist)
+            return mnist_reference("train", detector, self.device, self.store, self.mnist)
         reference = load_reference(str(self.file(name) or name), quiet=True)
         if reference.dim != detector.dim:
             raise ValueError(f"{name} has {reference.dim} features, {detector.name} gives {detector.dim}; expected "
@@ -125,4 +125,4 @@ class Lab:
     def run(self, network: Network, **settings: object) -> Run:
         """A run of ART-RL by the default recipe but for `settings`; kept."""
         config: TrainConfig = replace(PRESETS["default"], **{"seed": self.seed, **settings})
-        return learn(network, config, self.cells, self.world, self.quiet or not self.lead)
+        return learn(network, config, self.store, self.world, self.quiet or not self.lead)

@@ -22,7 +22,7 @@ from art_edm.learning.training import TrainResult, train
 from art_edm.measure.profile import Profile
 from art_edm.models.loading import Network
 from art_edm.runtime.distributed import World
-from art_edm.runtime.store import Cells, key_of
+from art_edm.runtime.store import Store, key_of
 
 __all__ = ["Run", "learn"]
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
         return self.learned.grid(num_steps) if self.learned else self.profile.direct(num_steps)
 
 
-def learn(network: Network, config: TrainConfig, cells: Cells, world: World, quiet: bool = True) -> Run:
+def learn(network: Network, config: TrainConfig, store: Store, world: World, quiet: bool = True) -> Run:
     """The run, from the store or made now by all processes; the same on every one, and whatever their number.
 
     A run that was stopped, or killed, continues from its last checkpoint.
@@ -57,19 +57,19 @@ def learn(network: Network, config: TrainConfig, cells: Cells, world: World, qui
     if network.sha256 is None:  # a closed form: its data are in its name, its range of levels is not
         what["range"] = [network.denoiser.sigma_min, network.denoiser.sigma_max]
     with world.phase():  # all look before any writes
-        content = cells.load(what)
+        content = store.load(what)
     if not world.share(content is not None):
-        checkpoint = cells.folder / f"{key_of(what)}.ckpt"
+        checkpoint = store.folder / f"{key_of(what)}.ckpt"
         result = train(network.denoiser, config, network.identity, checkpoint, resume=True, quiet=quiet, world=world)
         with world.phase():
             if world.rank == 0:
                 content = _content(result)
-                cells.save(what, content)
+                store.save(what, content)
                 checkpoint.unlink(missing_ok=True)
     with world.phase():
-        content = cells.load(what) if content is None else content
+        content = store.load(what) if content is None else content
         if content is None:
-            raise ValueError(f"found no finished run in {cells.folder}; expected a folder that all processes share")
+            raise ValueError(f"found no finished run in {store.folder}; expected a folder that all processes share")
     return _run(content)
 
 

@@ -34,7 +34,7 @@ from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.models.analytic import one_dimensional
 from art_edm.runtime.distributed import World
 from art_edm.runtime.errors import Stopped
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.solvers import nfe
 
@@ -45,7 +45,7 @@ TINY = replace(PRESETS["default"], iterations=6, batch=16, repeats=4, trajectori
 def lab(tmp_path, monkeypatch):
     monkeypatch.setitem(laboratory.PRESETS, "default", TINY)
     (tmp_path / "out").mkdir()
-    return Lab(Cells(tmp_path / "cells"), World(), tmp_path / "out")
+    return Lab(Store(tmp_path / "cells"), World(), tmp_path / "out")
 
 
 # --- table 1 -----------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ def test_w2_from_samples_is_the_noise_free_error_with_more_spread(lab):
     mean, stderr = found[:, 0].mean(), found[:, 0].std(ddof=1) / 2
     assert abs(mean - noise_free(grid)) < 5 * stderr < 0.02
     assert abs(mean - noise_free(limit(5, 3.0))) > 10 * stderr
-    assert len(list(lab.cells.folder.glob("*.npz"))) == 4
-    again = _measure(None, grid, 20_000, 4, lab)  # from the cells alone
+    assert len(list(lab.store.folder.glob("*.npz"))) == 4
+    again = _measure(None, grid, 20_000, 4, lab)  # from the store alone
     assert np.array_equal(found, again)
     assert not np.array_equal(found, _measure(one_dimensional(), grid, 20_000, 4, replace(lab, seed=1)))
 
@@ -124,7 +124,7 @@ def test_a_kept_run_gives_the_same_grids_and_is_not_done_again(lab, monkeypatch)
 
 def test_a_stopped_run_leaves_its_checkpoint_and_ends_with_the_same_bytes(lab, monkeypatch):
     network, whole = lab.network("gaussian:0.5"), lab.run(lab.network("gaussian:0.5"))
-    other = replace(lab, cells=Cells(lab.out / "other"))
+    other = replace(lab, store=Store(lab.out / "other"))
 
     class Stop:
         requested = property(lambda self: network.denoiser.evaluations > before + 200)
@@ -136,13 +136,13 @@ def test_a_stopped_run_leaves_its_checkpoint_and_ends_with_the_same_bytes(lab, m
     monkeypatch.setattr(training, "GracefulStop", Stop)
     with pytest.raises(Stopped):
         other.run(network, rollout="live", iterations=3, batch=4, train_steps=4)
-    assert list(other.cells.folder.glob("*.ckpt"))
+    assert list(other.store.folder.glob("*.ckpt"))
     monkeypatch.undo()
     monkeypatch.setitem(laboratory.PRESETS, "default", TINY)
     settings = dict(rollout="live", iterations=3, batch=4, train_steps=4)
     continued, straight = other.run(network, **settings), lab.run(network, **settings)
     assert continued.grid(9) == straight.grid(9) != whole.grid(9)
-    assert not list(other.cells.folder.glob("*.ckpt"))
+    assert not list(other.store.folder.glob("*.ckpt"))
 
 
 # --- pooled figures ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.references import save_reference
 from art_edm.models.loading import load_network
 from art_edm.runtime.distributed import World
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.generate import generate, to_pixels
 from art_edm.sampling.solvers import nfe, supported
@@ -83,7 +83,7 @@ def done(networks, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(networks.parent / "python")
         patch.setitem(laboratory.PRESETS, "default", replace(PRESETS["default"], **SHORT))
-        lab = Lab(Cells(out / "cells"), World(), out, networks, forced=True)
+        lab = Lab(Store(out / "cells"), World(), out, networks, forced=True)
         said = []
         assert reproduction.reproduce(tables, lab, said.append) == 0, said
         yield lab, {result.name: result for result in read_results(out)}
@@ -96,7 +96,7 @@ def decoded(latents):
 
 
 def independent(lab, network, grid, reference, solver="heun"):
-    """FID of the first images by other means than cells."""
+    """FID of the first images by other means than the store."""
     net = load_network(str(lab.networks / network)).denoiser
     images = generate(net, supported(net, grid), solver, NUM, batch=NUM).reshape(NUM, *net.img_shape)
     pixels = decoded(images.float()) if network == XS else to_pixels(images).reshape(images.shape)
@@ -193,7 +193,7 @@ def test_table_8_is_the_inception_score(done):
 
 def test_latents_are_decoded_before_they_become_pixels(done, tmp_path):
     lab, _ = done
-    lab = replace(lab, cells=Cells(tmp_path / "cells"))
+    lab = replace(lab, store=Store(tmp_path / "cells"))
     network, decode = lab.network(XS), latent_images.decoder_of(XS, lab)
     latents = spots(5, 7, channels=4)[0]
     pixels = decode(latents)
@@ -214,7 +214,7 @@ def test_latents_are_decoded_before_they_become_pixels(done, tmp_path):
 
 def test_without_the_package_that_decodes_one_line_says_so(networks, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    lab = Lab(Cells(tmp_path / "cells"), World(), tmp_path, networks, forced=True)
+    lab = Lab(Store(tmp_path / "cells"), World(), tmp_path, networks, forced=True)
     with pytest.raises(ValueError, match=r"makes latents, and decoding them needs diffusers; pip install diffusers"):
         latent_images.decoder_of(XS, lab)
 

@@ -18,18 +18,18 @@ from paper.report import Result, read_results
 
 from art_edm.metrics.references import save_reference
 from art_edm.runtime.distributed import World
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 
 ROOT = Path(__file__).parents[3]
 
 # The tool on small experiments. It kills itself at the given call of the given function in the given experiment, and
-# writes down every finished piece of work: cells, images, iterations of training.
+# writes down every finished piece of work: entries, images, iterations of training.
 DRIVER = """
 import importlib.util, os, signal, sys
 from dataclasses import replace
 from art_edm.compare import sample_cache as experiment
 from art_edm.learning import training
-from art_edm.runtime import store as cells
+from art_edm.runtime import store as finished
 from paper import context as laboratory, experiments as recipes, run_all as reproduction
 from paper.tables import ablations, fid_cells as image_cells
 from art_edm.learning.config import PRESETS
@@ -67,7 +67,7 @@ def watched(owner, name, kind, text):
         return result
     setattr(owner, name, call)
 
-watched(cells.Cells, "save", "save", lambda self, what, content: cells.key_of(what))
+watched(finished.Store, "save", "save", lambda self, what, content: finished.key_of(what))
 watched(experiment, "_images", "images", lambda denoiser, samples, indices, work: (
     f"{now[-1]} {samples.solver} {samples.grid.values.tolist()} {samples.first} {samples.num} {indices}"))
 watched(training._Run, "_iterate", "iteration", lambda run, *rest: (
@@ -170,7 +170,7 @@ def test_what_fails_or_is_lacking_does_not_stop_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduction, "_runner", runner)
     said = []
     chosen = [TABLES[name] for name in ("table1", "table2", "table4", "ablation-price")]
-    assert reproduction.reproduce(chosen, Lab(Cells(tmp_path / "c"), World(), tmp_path), said.append) == 1
+    assert reproduction.reproduce(chosen, Lab(Store(tmp_path / "c"), World(), tmp_path), said.append) == 1
     assert [result.name for result in read_results(tmp_path)] == ["table1", "ablation-price"]
     report = (tmp_path / "README.md").read_text()
     assert "- table4: found no digits, expected some; get them" in report and "3.0 minutes in all" in report

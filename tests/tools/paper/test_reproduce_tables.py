@@ -21,7 +21,7 @@ from art_edm.metrics.detectors import CallDetector
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.standard_errors import Measurement
 from art_edm.runtime.distributed import World
-from art_edm.runtime.store import Cells
+from art_edm.runtime.store import Store
 from art_edm.sampling.generate import generate, to_pixels
 from tests.support.fid_standin import StandIn
 
@@ -32,7 +32,7 @@ ITEM = replace(TABLES["table4"], solver="euler", steps=(2, 4), num=48, blocks=2,
 def bench(tmp_path):
     """A table of the Gaussian field, 8 x 8 grey pixels, judged by a small detector."""
     (tmp_path / "out").mkdir()
-    lab = Lab(Cells(tmp_path / "cells"), World(), tmp_path / "out")
+    lab = Lab(Store(tmp_path / "cells"), World(), tmp_path / "out")
     rng = np.random.default_rng(0)
     detector = CallDetector(StandIn(192, 5), "small", "0" * 64, (1, 8, 8), torch.device("cpu"))
     reference = moments(rng.normal(1, 2, size=(300, 5)))

@@ -135,12 +135,12 @@ class Bench:
     def _test_set(self, images: int) -> Content:
         """Features of the first test images, at most as many as a cell has: a FID depends on their number."""
         what: Dict[str, Any] = {"kind": "mnist test set", "images": images, "detector": self.detector.sha256}
-        content = self.lab.cells.load(what)
+        content = self.lab.store.load(what)
         if content is None:
             parts = load_mnist("test", self.lab.mnist)[0][:images].split(500)
             found = [self.detector.features(part[:, None].to(self.lab.device)).cpu().numpy() for part in parts]
             content = {"features": np.concatenate(found)}
-            self.lab.cells.save(what, content)
+            self.lab.store.save(what, content)
         return content
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from art_edm.compare.accumulators import FeatureTally
-from art_edm.compare.sample_cache import Samples, Work, cell
+from art_edm.compare.sample_cache import Samples, Work, entry
 from art_edm.metrics.detectors import Detector
 from art_edm.pickles.network import load_network_pickle
 from paper.context import Lab
@@ -70,4 +70,4 @@ def latent_features(
         return tally
 
     kind = {"kind": "features of decoded images", "detector": detector.sha256, "splits": splits}
-    return cell(samples, kind, make, work)
+    return entry(samples, kind, make, work)

@@ -126,11 +126,11 @@ def _measure(denoiser: Denoiser, grid: Grid, size: int, blocks: int, lab: Lab) -
     for block in range(blocks):
         what = {"kind": "w2", "method": _METHOD, "levels": grid.values.tolist(), "num": size, "seed": lab.seed,
                 "block": block}
-        content = lab.cells.load(what)
+        content = lab.store.load(what)
         if content is None:  # cheap enough for every process to do; only one writes
             content = {"w2": np.array(_block(denoiser, grid, size, lab.seed, block))}
             if lab.lead:
-                lab.cells.save(what, content)
+                lab.store.save(what, content)
             lab.work().look()
         rows.append(content["w2"])
     return np.array(rows)
