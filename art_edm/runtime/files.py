@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +17,30 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_write", "cache_dir", "check_destination", "save_tensors", "sha256_of", "write_json"]
+__all__ = [
+    "atomic_write", "cache_dir", "check_destination", "file_kind", "save_tensors", "sha256_of", "write_json",
+]
 
 PathLike = Union[str, "os.PathLike[str]"]
+
+HEAD_BYTES = 1024  # as many as `file_kind` looks at
+
+# First bytes of a file -> what it is, in words that fit behind "found"
+_MAGIC = (
+    (b"\x93NUMPY", "a .npy array"),
+    (b"PK\x03\x04", "a zip archive (a .zip, a .npz, or a checkpoint of torch.save)"),
+    (b"PK\x05\x06", "an empty zip archive"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"BZh", "a bzip2 file"),
+    (b"\xfd7zXZ\x00", "an xz file"),
+    (b"(\xb5/\xfd", "a zstd file"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file it stands for; run: git lfs pull"),
+    (b"%PDF-", "a PDF"),
+)
 
 
 def atomic_write(path: PathLike, write: Callable[[BinaryIO], Any]) -> None:
@@ -88,6 +110,36 @@ def save_tensors(path: PathLike, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     atomic_write(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def file_kind(source: Union[PathLike, bytes]) -> str:
+    """What a file is by its first bytes: "a gzip file"; "a file of unknown kind" where they say nothing.
+
+    Args:
+        source: a path, or the first `HEAD_BYTES` bytes (fewer where the file is shorter).
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        head = source
+    else:
+        with open(source, "rb") as file:
+            head = file.read(HEAD_BYTES)
+    if not head:
+        return "an empty file"
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            return kind
+    if len(head) > 1 and head[0] == 0x80 and head[1] in range(2, 6):
+        return "a pickle"
+    if len(head) > 9 and head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 30:
+        return "a .safetensors file"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte-order mark
+    if re.match(rb"<(!doctype\s+html|html|head|body|!--)", text[:64].lower()):
+        return "a web page (HTML)"
+    if text[:1] in (b"{", b"["):
+        return "a JSON text"
+    return "a file of unknown kind"
 
 
 def sha256_of(path: PathLike) -> str:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
+import io
 import json
 import os
+import pickle
+import struct
+import zipfile
 
+import numpy as np
 import pytest
+import torch
 
-from art_edm.runtime.files import atomic_write, cache_dir, check_destination, sha256_of, write_json
+from art_edm.runtime.files import (
+    HEAD_BYTES,
+    atomic_write,
+    cache_dir,
+    check_destination,
+    file_kind,
+    sha256_of,
+    write_json,
+)
 
 
 def names(folder):
@@ -138,3 +153,38 @@ def test_cache_dir(tmp_path, monkeypatch):
     monkeypatch.delenv("ART_EDM_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "art_edm"
+
+
+def in_memory(write):
+    """The bytes that a program of another package writes."""
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+KINDS = {  # made by the programs that make such files
+    "npy": (in_memory(lambda file: np.save(file, np.zeros(3))), "a .npy array"),
+    "npz": (in_memory(lambda file: np.savez(file, a=np.zeros(3))), "a zip archive"),
+    "pt": (in_memory(lambda file: torch.save({"a": torch.zeros(2)}, file)), "a zip archive"),
+    "empty zip": (in_memory(lambda file: zipfile.ZipFile(file, "w").close()), "an empty zip archive"),
+    "gzip": (gzip.compress(b"80, 5, 0"), "a gzip file"),
+    "pickle": (pickle.dumps([80.0, 0.0]), "a pickle"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
+    "safetensors": (struct.pack("<Q", 16) + b'{"a":{"shape":[]}', "a .safetensors file"),
+    "page": (b"\n <!DOCTYPE html><html>", "a web page"), "page without a type": (b"<html lang=en>", "a web page"),
+    "json": (b'\xef\xbb\xbf {"sigmas": [80, 0]}', "a JSON text"), "list": (b"[80, 0]", "a JSON text"),
+    "text": (b"80, 5, 0", "a file of unknown kind"), "nothing": (b"", "an empty file"),
+}
+
+
+@pytest.mark.parametrize(("data", "kind"), KINDS.values(), ids=KINDS)
+def test_file_kind_by_first_bytes(tmp_path, data, kind):
+    (tmp_path / "grid.npy").write_bytes(data)  # the name says nothing
+    assert file_kind(tmp_path / "grid.npy").startswith(kind) and file_kind(data[:HEAD_BYTES]).startswith(kind)
+    others = {name for _, name in KINDS.values() if name != kind}
+    assert not any(file_kind(data).startswith(other) for other in others)
+
+
+def test_file_kind_of_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        file_kind(tmp_path / "absent")
