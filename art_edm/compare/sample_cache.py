@@ -5,8 +5,6 @@ Symbols
 entry      (network, grid, solver, seed, block) and what is kept of its images: features, or the end points
 block      the images of the indices first, ..., first + num - 1; seed 0 is upstream's --seeds=first-(first+num-1)
 end point  where a path ends, float64, not rounded to pixels
-r          RMS over pixels between two end points from the same noise, [M]
-error      RMS of r over noises
 
 Image i of a seed has a random generator of its own, so that it does not depend on the batch or on the number of
 processes; a network in float32 still rounds differently in another batch.
@@ -17,7 +15,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ from art_edm.runtime.store import Content, Store
 from art_edm.sampling.noise import noise_and_labels
 from art_edm.sampling.solvers import nfe, sample
 
-__all__ = ["EndPointError", "Samples", "Work", "check_images", "end_point_error", "end_points", "entry", "features"]
+__all__ = ["Samples", "Work", "check_images", "end_points", "entry", "features"]
 
 Span = Tuple[int, int]
 
@@ -134,24 +132,6 @@ def end_points(samples: Samples, work: Work) -> Optional[np.ndarray]:
     size = int(np.prod(samples.network.denoiser.img_shape))
     content = entry(samples, {"kind": "end points"}, lambda: EndPoints(samples.first, samples.num, size), work)
     return None if content is None else content["points"]
-
-
-class EndPointError(NamedTuple):
-    """Distance of end points to those of a fine solution from the same noise."""
-
-    error: float
-    stderr: Optional[float]  # of the error; None for a single noise
-    median: float  # of r: hardly touched by the few noises that dominate the error
-
-
-def end_point_error(points: np.ndarray, fine: np.ndarray) -> EndPointError:
-    """RMS distance of end points [M, d], its standard error by the delta method, and the median of r."""
-    square = np.square(points - fine).mean(axis=1)  # r^2, [M]
-    error = float(np.sqrt(square.mean()))
-    stderr = None
-    if len(square) > 1:
-        stderr = float(square.std(ddof=1) / np.sqrt(len(square)) / (2 * error)) if error > 0 else 0.0
-    return EndPointError(error, stderr, float(np.median(np.sqrt(square))))
 
 
 def entry(samples: Samples, kind: Dict[str, Any], make: Callable[[], Tally], work: Work) -> Optional[Content]:

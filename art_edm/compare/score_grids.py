@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from art_edm.compare.accumulators import moments_of, score_of
-from art_edm.compare.sample_cache import Samples, Work, end_point_error, end_points, features
+from art_edm.compare.sample_cache import Samples, Work, end_points, features
 from art_edm.compare.tables import Row, add_differences, measured
 from art_edm.grids.grid import Grid
 from art_edm.metrics.detectors import Detector
+from art_edm.metrics.end_point import end_point_error
 from art_edm.metrics.feature_stats import RunningMoments
 from art_edm.metrics.frechet import Moments, frechet_distance, moments
 from art_edm.metrics.mnist import FILES, load_mnist
@@ -165,7 +166,7 @@ def _error(plan: Plan, choice: Choice, solver: str, work: Work) -> Row:
     if work.world.rank > 0:
         return {}
     result = end_point_error(np.concatenate(points), np.concatenate(exact))
-    return {"error": result.error, "error_stderr": result.stderr, "error_median": result.median,
+    return {**{f"error_{name}": value for name, value in result._asdict().items()},
             "error_noises": fine.noises * plan.blocks}
 
 

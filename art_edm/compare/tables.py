@@ -1,7 +1,7 @@
 """Tables of measurements: on the terminal, as Markdown, CSV, JSON and as a plot over NFE.
 
 A row is a dict. `fid` is a mean over blocks, `fid_stderr` its standard error, `fid_min` the least of the blocks,
-`fid_blocks` all of them; `is` and `error` alike. `difference` is of the FID to the row that is compared with.
+`fid_blocks` all of them; `is` and `error_rms` alike. `difference` is of the FID to the row that is compared with.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ COLUMNS = (
     Column("name", _plain("name")), Column("K", _plain("steps")), Column("solver", _plain("solver")),
     Column("NFE", _plain("nfe")), Column("images", lambda row: f"{row['blocks']} x {row['images']}"),
     Column("FID", _number("fid")), Column("min", _least), Column("difference", _number("difference")),
-    Column("IS", _number("is")), Column("error", _number("error")), Column("median", _number("error_median")),
+    Column("IS", _number("is")), Column("RMS error", _number("error_rms")), Column("mean error", _number("error_mean")),
+    Column("median error", _number("error_median")),
     Column("grid", lambda row: row["origin"] if row.get("origin", "").startswith("resampled") else ""),
 )
 
@@ -146,7 +147,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     check_plotting()
     from matplotlib.figure import Figure
 
-    labels = {"fid": "FID", "error": "end-point error", "is": "IS"}
+    labels = {"fid": "FID", "error_rms": "RMS end-point error", "is": "IS"}
     key = next((key for key in labels if any(row.get(key) is not None for row in rows)), "fid")
     series: Dict[Tuple[str, str], List[Row]] = {}
     for row in rows:

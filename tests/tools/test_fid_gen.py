@@ -121,7 +121,7 @@ def test_error_alone_needs_no_reference(run):
     network = load_network("gaussian:0.2").denoiser
     ends = [generate(network, edm(k, 0.002, 80), "heun", 9).flatten(1) for k in (3, 20)]
     square = (ends[0] - ends[1]).square().mean(dim=1)  # [9]
-    assert row["error"] == pytest.approx(float(square.mean().sqrt()), rel=1e-5)
+    assert row["error_rms"] == pytest.approx(float(square.mean().sqrt()), rel=1e-5)
     assert row["error_median"] == pytest.approx(float(square.sqrt().median()), rel=1e-5)
     assert "fid" not in row and row["images"] == 9
 
@@ -182,7 +182,7 @@ def test_processes_give_the_same(run):
         assert [process.returncode for process in processes] == [0] * size, outputs
         assert all(out == "" for out, _ in outputs[1:])  # only process 0 prints
     rows = [json.loads(Path(f"{size}.json").read_text())["rows"][0] for size in (1, 2, 3)]
-    for key in ("fid", "fid_stderr", "error", "error_stderr", "error_median"):
+    for key in ("fid", "fid_stderr", "error_rms", "error_rms_stderr", "error_median"):
         assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-9), key
         assert rows[2][key] == pytest.approx(rows[0][key], rel=1e-9), key
 

@@ -53,9 +53,9 @@ def test_a_cell_is_scored_and_set_against_the_fine_solution_from_the_same_noise(
     cell = bench.cell(grid)
     assert cell.value.mean == pytest.approx(fid(bench, images(bench, grid, "euler")), rel=1e-8)
     gaps = images(bench, grid, "euler", 8) - images(bench, fine, "heun", 8)
-    assert cell.error.error == pytest.approx(float(gaps.square().mean().sqrt()), rel=1e-6)
+    assert cell.error.rms == pytest.approx(float(gaps.square().mean().sqrt()), rel=1e-6)
     other = images(bench, grid, "euler", 16)[8:] - images(bench, fine, "heun", 8)
-    assert cell.error.error < 0.5 * float(other.square().mean().sqrt())  # other noises would tell nothing
+    assert cell.error.rms < 0.5 * float(other.square().mean().sqrt())  # other noises would tell nothing
 
 
 def test_yardsticks_are_the_floor_and_as_many_test_images(bench, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_ratio_and_its_error_when_what_is_shared_cancels(blocks):
 
 def made():
     """A result with all that helps to read it, as `run_images` makes it."""
-    error = image_cells.EndPointError(0.25, 0.0625, 0.2)
+    error = image_cells.EndPointError(0.25, 0.0625, 0.25, 0.0625, 0.2)
     cells = {"edm": [Cell(Measurement([6.0], [6.0, 7.0]), 1.0, error)],
              "dpm": [Cell(Measurement([9.0], [9.0, 8.0]), 1.0, error)],
              "art_rl": [Cell(Measurement([4.0], [4.0, 5.0]), 1.0, error)]}

@@ -147,7 +147,7 @@ def _clock(experiment: Experiment, lab: Lab) -> Result:
                      "direct": next(iter(runs.values())).profile.direct(k)}
             for kind, grid in grids.items():
                 error = None if name == "oned" else endpoint(network, grid, "euler", fine, lab)
-                found[kind].append((noise_free(grid), 0.0) if error is None else (error.error, error.stderr))
+                found[kind].append((noise_free(grid), 0.0) if error is None else (error.rms, error.rms_stderr))
     result = _result(
         experiment, "end-point error, Euler", [f"{name} K = {k}" for name in known for k in steps],
         {kind: [value for value, _ in row] for kind, row in found.items()},
@@ -216,9 +216,9 @@ def _solver(experiment: Experiment, lab: Lab) -> Result:
     errors = {row: [endpoint(network, grids[k][row], solver, fine, lab) for solver, k in columns] for row in grids[3]}
     result = _result(
         experiment, "end-point error on mnist", [f"{solver} {k}, NFE {nfe(solver, k)}" for solver, k in columns],
-        {row: [each.error for each in found] for row, found in errors.items()},
-        stderr={row: [each.stderr for each in found] for row, found in errors.items()},
-        more={"edm / art_rl": {"error": [edm.error / own.error if own.error else None
+        {row: [each.rms for each in found] for row, found in errors.items()},
+        stderr={row: [each.rms_stderr for each in found] for row, found in errors.items()},
+        more={"edm / art_rl": {"error": [edm.rms / own.rms if own.rms else None
                                          for edm, own in zip(errors["edm"], errors["art_rl"])]},
               "Median over noises": {row: [each.median for each in found] for row, found in errors.items()}},
     )

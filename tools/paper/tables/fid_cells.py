@@ -20,9 +20,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from art_edm.compare.accumulators import moments_of, score_of
-from art_edm.compare.sample_cache import EndPointError, Samples, Work, end_point_error, end_points, features
+from art_edm.compare.sample_cache import Samples, Work, end_points, features
 from art_edm.grids.grid import Grid
 from art_edm.metrics.detectors import Detector
+from art_edm.metrics.end_point import EndPointError, end_point_error
 from art_edm.metrics.frechet import Moments, frechet_distance, moments
 from art_edm.metrics.mnist import load_mnist
 from art_edm.metrics.standard_errors import Measurement, groups_of

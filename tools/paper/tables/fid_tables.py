@@ -158,8 +158,8 @@ def _comparisons(rows: Rows, result: Result) -> None:
                 for name, row in rows.items() if name != "edm"}
         more[title] = {name: [gap.value for gap in row] for name, row in gaps.items()}
         errors[title] = {name: [gap.stderr for gap in row] for name, row in gaps.items()}
-    more[END_POINTS] = {name: [cell.error.error for cell in row] for name, row in rows.items()}
-    errors[END_POINTS] = {name: [cell.error.stderr for cell in row] for name, row in rows.items()}
+    more[END_POINTS] = {name: [cell.error.rms for cell in row] for name, row in rows.items()}
+    errors[END_POINTS] = {name: [cell.error.rms_stderr for cell in row] for name, row in rows.items()}
 
 
 def _notes(bench: Bench) -> List[str]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from typing import Dict, NamedTuple
 
-from art_edm.compare.sample_cache import EndPointError, Samples, end_point_error, end_points
+from art_edm.compare.sample_cache import Samples, end_points
 from art_edm.grids.grid import Grid
+from art_edm.metrics.end_point import EndPointError, end_point_error
 from art_edm.models.loading import Network
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.solvers import nfe, supported
@@ -52,7 +53,7 @@ def endpoint(network: Network, grid: Grid, solver: str, fine: Fine, lab: Lab) ->
     work = lab.work(batch=fine.noises)
     points = end_points(Samples(network, supported(denoiser, grid), solver, fine.noises, lab.seed + 1), work)
     reference = end_points(Samples(network, exact, "heun", fine.noises, lab.seed + 1), work)
-    return end_point_error(points, reference) if points is not None else EndPointError(0.0, 0.0, 0.0)
+    return end_point_error(points, reference) if points is not None else EndPointError(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def run_transfer(experiment: Experiment, lab: Lab) -> Result:
@@ -63,16 +64,16 @@ def run_transfer(experiment: Experiment, lab: Lab) -> Result:
     columns = [(field, solver, k) for field in known for solver in SOLVERS for k in experiment.steps]
     found = {row: [_error(row, *column, known, runs, fine, lab) for column in columns]
              for row in [*known, "edm", "dpm"]}
-    own = [found[field][i].error for i, (field, _, _) in enumerate(columns)]
+    own = [found[field][i].rms for i, (field, _, _) in enumerate(columns)]
     result = Result(
         experiment.name, experiment.title, "end-point error (RMS over pixels and noises)",
         [f"{field} {solver} {k}" for field, solver, k in columns],
-        {_title(row): [error.error for error in errors] for row, errors in found.items()},
-        {_title(row): [error.stderr for error in errors] for row, errors in found.items()},
+        {_title(row): [error.rms for error in errors] for row, errors in found.items()},
+        {_title(row): [error.rms_stderr for error in errors] for row, errors in found.items()},
         more={
             "Median over noises": {_title(row): [error.median for error in errors] for row, errors in found.items()},
             "Cost: error over that of the grid learned on the field itself": {
-                _title(row): [error.error / mine if mine else None for error, mine in zip(errors, own)]
+                _title(row): [error.rms / mine if mine else None for error, mine in zip(errors, own)]
                 for row, errors in found.items()},
         },
     )
