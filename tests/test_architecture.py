@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Iterator, Tuple
 
@@ -15,6 +17,10 @@ FLOORS = ["runtime", "pickles grids", "models", "sampling metrics", "measure com
 FLOOR = {folder: number for number, names in enumerate(FLOORS) for folder in names.split()}
 PACKAGES = {"torch", "numpy", "click", "PIL", "scipy", "requests", "urllib3", "art_edm", "paper", "cost", "mnist"}
 PENDING = {("pieces", "models"), ("refine_all", "learning")}  # arrows that the redesign has still to turn
+# Python's own modules; sys.stdlib_module_names is not there before Python 3.10.
+STANDARD = {module.name for place in ("", "lib-dynload")
+            for module in pkgutil.iter_modules([str(Path(sysconfig.get_path("stdlib"), place))])
+            } | {*sys.builtin_module_names, "__future__"}
 OPTIONAL = {"matplotlib", "msvcrt", "diffusers", "timm"}  # inside functions only
 
 
@@ -40,7 +46,7 @@ def upward(place: str, source: str) -> list:
 
 def foreign(source: str) -> list:
     """Imported packages that are neither run-time packages, nor optional ones inside a function."""
-    allowed = PACKAGES | set(sys.stdlib_module_names)
+    allowed = PACKAGES | STANDARD
     tops = {(name.split(".")[0], nested) for name, nested in imported(source)}
     return sorted(top for top, nested in tops if top not in allowed and not (nested and top in OPTIONAL))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import struct
 
 import numpy as np
@@ -180,10 +179,8 @@ def test_images_are_in_the_scale_of_edm():
     assert images.flatten().tolist() == pytest.approx([-1, -0.6, 1], abs=1e-7)
 
 
-@pytest.mark.skipif("ART_EDM_MNIST" not in os.environ or not os.path.isdir(os.environ["ART_EDM_MNIST"]),
-                    reason="ART_EDM_MNIST does not name a folder with the MNIST files")
-def test_the_real_files():
-    pixels, labels = load_mnist("test", os.environ["ART_EDM_MNIST"])
+def test_the_real_files(mnist_folder):
+    pixels, labels = load_mnist("test", mnist_folder)
     assert pixels.shape == (10000, 28, 28)
     assert labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
     assert torch.bincount(labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

@@ -15,7 +15,6 @@ from art_edm.models.evaluate import FiniteCheck
 from art_edm.models.loading import load_network
 from art_edm.runtime.errors import NonFiniteOutput
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU tells when the host waits for it")
 READING = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "numpy", "cpu"}
 
 
@@ -93,7 +92,7 @@ def test_a_deferred_check_reads_nothing_on_the_way():
     assert reads.count == 10
 
 
-@needs_gpu
+@pytest.mark.gpu  # only a GPU tells when the host waits for it
 def test_the_host_does_not_wait_within_a_path():
     net = load_network("mnist", "cuda").denoiser
     x, check = torch.randn(2, 1, 28, 28, device="cuda", dtype=torch.float64), FiniteCheck("cuda")

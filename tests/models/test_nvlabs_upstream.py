@@ -57,6 +57,8 @@ for seed, (name, (kind, options)) in enumerate(nets.items()):
     torch.save((kind, options, net.state_dict()), f'{out}/{name}.pt')
 """
 
+pytestmark = pytest.mark.upstream
+
 # In a copy of the tree whose networks compute in float64. The double backward is torch.autograd.functional.jvp.
 EXACT = """
 import sys

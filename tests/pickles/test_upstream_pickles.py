@@ -75,6 +75,8 @@ for name, cls, kwargs in [
 EDM_NAMES = ["edm-ddpmpp", "edm-ncsnpp", "edm-skip", "edm-adm", "vp", "vp-adm", "ve", "ve-adm", "iddpm", "iddpm-song",
              "edm-fp16"]
 
+pytestmark = pytest.mark.upstream
+
 MAKE_EDM2 = COMMON + """
 import types
 sys.modules["psutil"] = types.ModuleType("psutil")  # imported by the training loop, and not needed here

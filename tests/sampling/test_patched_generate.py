@@ -37,6 +37,8 @@ except ValueError as error:
     record['exit_code'] = str(error)
 """
 
+pytestmark = pytest.mark.upstream
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

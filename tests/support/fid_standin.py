@@ -9,7 +9,6 @@ prints one JSON line per command. In memory only, fid.py's device becomes the CP
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -41,30 +40,19 @@ class StandIn(torch.nn.Module):
         return features if return_features else torch.softmax(features @ self.choose, dim=1)
 
 
-def upstream_folder():
-    """The folder with edm/ and edm2/, or None."""
-    folder = Path(os.environ.get("ART_EDM_UPSTREAM") or ROOT / "third_party")
-    return folder if (folder / "edm" / "fid.py").is_file() and (folder / "edm2").is_dir() else None
-
-
 def run_upstream(detector: Path, dim: int, commands: list, threads: int = 1) -> list:
     """EDM's answer to each command; of `calc` the last line that it prints and the number before it is rounded."""
-    call = [sys.executable, str(Path(__file__)), str(upstream_folder()), str(detector), str(dim), json.dumps(commands)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    from tests.support.upstream import upstream
+
+    folder = upstream("edm").parent
+    call = [sys.executable, str(Path(__file__)), str(folder), str(detector), str(dim), json.dumps(commands)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}  # where StandIn is found
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(name, None)
     done = subprocess.run(call, capture_output=True, text=True, env=env, timeout=600)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def load_tool():
-    """tools/fid.py as a module."""
-    spec = importlib.util.spec_from_file_location("fid", ROOT / "tools" / "fid.py")
-    sys.modules["fid"] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def save_pickle(path: Path, net: torch.nn.Module) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
 
+import patch_upstream
 import pytest
+from click.testing import CliRunner
 
 from tests.support.upstream import run_python, upstream
 
@@ -19,21 +20,14 @@ VERSIONS = {name: LOCK[name]["scripts"][script] for name, script in SCRIPTS.item
 COMMITS = {name: [entry["commit"][:7] for entry in versions.values()] for name, versions in VERSIONS.items()}
 
 
-def load_tool():
-    """tools/patch_upstream.py as a module of its own."""
-    spec = importlib.util.spec_from_file_location("patch_upstream", ROOT / "tools" / "patch_upstream.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def originals(name):
     """Commit (7 digits) -> bytes of the unpatched script; those that the checkout has, at least one."""
-    checkout, tool = upstream(name), load_tool()
+    checkout = upstream(name)
     found = {}
     for digest, entry in VERSIONS[name].items():
         candidates = [(checkout / SCRIPTS[name]).read_bytes()]  # a checkout may be patched, or be no clone
-        candidates.append(tool.remove(candidates[0], tool.read_patch(ROOT / "patches" / entry["patch"])))
+        inserts = patch_upstream.read_patch(ROOT / "patches" / entry["patch"])
+        candidates.append(patch_upstream.remove(candidates[0], inserts))
         for revision in (entry["commit"], "HEAD"):
             git = ["git", "-C", str(checkout), "-c", "safe.directory=*", "show", f"{revision}:{SCRIPTS[name]}"]
             candidates.append(subprocess.run(git, stdout=subprocess.PIPE, stderr=subprocess.PIPE).stdout)
@@ -46,14 +40,12 @@ def originals(name):
 
 def script_pairs(name, folder):
     """Commit -> (original, patched) files, made by the tool's own patching."""
-    from click.testing import CliRunner
-
     pairs = {}
     for commit, data in originals(name).items():
         for kind in ("original", "patched"):
             (folder / commit / kind).mkdir(parents=True)
             (folder / commit / kind / SCRIPTS[name]).write_bytes(data)
-        result = CliRunner().invoke(load_tool().main, [str(folder / commit / "patched")])
+        result = CliRunner().invoke(patch_upstream.main, [str(folder / commit / "patched")])
         assert result.exit_code == 0, result.output
         pairs[commit] = tuple(str(folder / commit / kind / SCRIPTS[name]) for kind in ("original", "patched"))
     return pairs

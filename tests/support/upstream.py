@@ -1,6 +1,7 @@
 """For tests against NVlabs' own code: where its checkouts are, and running a snippet inside one.
 
-The checkouts are $ART_EDM_UPSTREAM/edm and /edm2, or third_party/edm and /edm2; without them such tests skip.
+The checkouts are $ART_EDM_UPSTREAM/edm and /edm2, or third_party/edm and /edm2; tests that need them are marked
+`upstream`, and skipped without them (tests/conftest.py).
 Upstream's modules never enter the process of the tests.
 """
 
@@ -18,12 +19,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def upstream(name):
-    """The checkout of `name` (edm or edm2), or skip the test."""
+def checkouts():
+    """The folder with edm/ and edm2/, or None."""
     folder = Path(os.environ.get("ART_EDM_UPSTREAM") or ROOT / "third_party")
-    if not all((folder / each / "torch_utils").is_dir() for each in ("edm", "edm2")):
-        pytest.skip("ART_EDM_UPSTREAM names no folder with edm/ and edm2/, and third_party/ has none")
-    return folder / name
+    return folder if all((folder / name / "torch_utils").is_dir() for name in ("edm", "edm2")) else None
+
+
+def upstream(name):
+    """The checkout of `name` (edm or edm2); the test that asks must be marked."""
+    assert checkouts(), "a test that needs NVlabs' code lacks the mark: @pytest.mark.upstream"
+    return checkouts() / name
 
 
 def export(name, commit, folder):

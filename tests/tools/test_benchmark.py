@@ -5,11 +5,11 @@ What needs NVlabs' modules is skipped without a checkout.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
 from click.testing import CliRunner
@@ -24,17 +24,9 @@ from art_edm.measure.dense_paths import measure_along
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.unet import ScoreUNet
-from tests.support.upstream import upstream
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = dict(img_resolution=8, img_channels=3, model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[8])
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Wound(Denoiser):
@@ -159,17 +151,17 @@ def test_memory_does_not_grow_with_the_points(monkeypatch):
 # --- networks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.upstream
 @pytest.mark.parametrize("name, millions", [("songunet56m", 55.7), ("adm296m", 295.9), ("edm2xs", 124.7)])
 def test_sizes_are_the_published_ones(name, millions):
     size = SIZES[name]
-    upstream(size.file.split("/")[0])
     with torch.device("meta"):
         net = getattr(benchmarks_networks._upstream_module(size.file), size.kind)(**size.options)
     assert sum(value.numel() for value in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
+@pytest.mark.upstream
 def test_no_branch_of_a_random_network_is_zero():
-    upstream("edm")
     size = Size("edm/training/networks.py", "EDMPrecond", dict(TINY, model_type="SongUNet"))
     net, twin = random_network(size), random_network(size)
     plain = getattr(benchmarks_networks._upstream_module(size.file), size.kind)(**size.options).eval()
@@ -197,7 +189,7 @@ def test_missing_and_altered_modules_are_refused(text, said, tmp_path, monkeypat
         (tmp_path / "edm" / "training" / "networks.py").write_text(text)
     with pytest.raises(NoCheckout, match=said):
         random_network(SIZES["songunet56m"])
-    result = CliRunner().invoke(load_tool().main, ["--network=songunet56m", f"--out={tmp_path}/b.json", "--device=cpu"])
+    result = CliRunner().invoke(benchmark.main, ["--network=songunet56m", f"--out={tmp_path}/b.json", "--device=cpu"])
     assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
 
 
@@ -206,7 +198,7 @@ def test_missing_and_altered_modules_are_refused(text, said, tmp_path, monkeypat
 
 def test_the_command_writes_what_it_prints(tmp_path):
     out = tmp_path / "b.json"
-    result = CliRunner().invoke(load_tool().main, [
+    result = CliRunner().invoke(benchmark.main, [
         "--network=gaussian:0.5", "--only=share,paper", "--share=8x5", "--paper-iterations=2", "--steps=4,6",
         "--device=cpu", f"--out={out}"])
     assert result.exit_code == 0, result.output
@@ -222,7 +214,7 @@ def test_the_command_writes_what_it_prints(tmp_path):
     ("--out=no/folder/b.json", "there is no folder"),
 ])
 def test_what_cannot_be_used_is_one_line(option, said):
-    result = CliRunner().invoke(load_tool().main, [option])
+    result = CliRunner().invoke(benchmark.main, [option])
     assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
 
 

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import fid
 import numpy as np
 import pytest
 import torch
@@ -20,10 +21,9 @@ from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.image_folders import open_images
 from art_edm.metrics.mnist import load_mnist, to_images
 from art_edm.models.loading import load_lenet
-from tests.support.fid_standin import ROOT, StandIn, load_tool, save_pickle
+from tests.support.fid_standin import ROOT, StandIn, save_pickle
 
 DIM, SIZE = 16, 6
-tool = load_tool()
 
 
 def draw(folder, seed, num, offset=0):
@@ -50,7 +50,7 @@ def run(folder, *args, detector="--detector=net.pkl"):
     old = os.getcwd()
     os.chdir(folder)
     try:
-        return CliRunner().invoke(tool.main, [args[0], detector, "--trust-pickle", "--device=cpu", *args[1:]])
+        return CliRunner().invoke(fid.main, [args[0], detector, "--trust-pickle", "--device=cpu", *args[1:]])
     finally:
         os.chdir(old)
 
@@ -131,12 +131,10 @@ def test_a_set_against_itself(work):
     assert fid_of(work, "--ref=b.pkl")["fid"] == fid_of(work)["fid"]
 
 
-@pytest.mark.skipif(not os.path.isdir(os.environ.get("ART_EDM_MNIST", "")),
-                    reason="ART_EDM_MNIST does not name a folder with the MNIST files")
-def test_the_lenet_fid_of_mnist(tmp_path):
+def test_the_lenet_fid_of_mnist(tmp_path, mnist_folder):
     lenet, exact = load_lenet(), []
     for split, num in (("train", 2500), ("test", 2100)):
-        pixels = load_mnist(split, os.environ["ART_EDM_MNIST"])[0][:num]
+        pixels = load_mnist(split, mnist_folder)[0][:num]
         (tmp_path / split).mkdir()
         for i, digit in enumerate(pixels.numpy()):
             Image.fromarray(digit).save(tmp_path / split / f"{i:05d}.png")
@@ -270,7 +268,7 @@ def test_no_reference_for_fid(work):
 
 def test_a_pickle_is_not_run_unasked(work, monkeypatch):
     monkeypatch.chdir(work)
-    result = CliRunner().invoke(tool.main, ["calc", "--images=a", "--ref=b.npz", "--num=50", "--detector=net.pkl"])
+    result = CliRunner().invoke(fid.main, ["calc", "--images=a", "--ref=b.npz", "--num=50", "--detector=net.pkl"])
     assert_refused(result, "net.pkl: found a pickle, which runs code when read", "--trust-pickle")
 
 

@@ -1,7 +1,6 @@
 """The commands `gen` and `compare`: what they print and write, what they refuse, and many processes."""
 
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from mnist.judge import lenet_features
 from PIL import Image
 
@@ -45,18 +43,14 @@ class Standin(torch.nn.Module):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tool):
     """Call the tool in an empty folder, in this process; det.pt and ref.npz are there."""
-    spec = importlib.util.spec_from_file_location("fid", SCRIPT)
-    tool = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fid", tool)  # dataclasses look their module up
-    spec.loader.exec_module(tool)
-    monkeypatch.chdir(tmp_path)
+    command = tool("fid")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(Standin()).save("det.pt")
     save_reference("ref.npz", np.zeros(5), 100 * np.eye(5), 1000, {})
-    return lambda *args: CliRunner().invoke(tool.main, list(args))
+    return command
 
 
 GEN = ["gen", "--network=gaussian:0.2", "--num=50", "--ref=ref.npz", "--detector=det.pt", "--cache=cells", "--quiet",
@@ -235,16 +229,13 @@ def test_compare_refuses(run):
 # --- LeNet on MNIST ----------------------------------------------------------------------------------
 
 
-def test_lenet_fid_of_the_bundled_network(run):
-    data = os.environ.get("ART_EDM_MNIST")
-    if not data or not Path(data).is_dir():
-        pytest.skip("ART_EDM_MNIST names no folder with the MNIST files")
+def test_lenet_fid_of_the_bundled_network(run, mnist_folder):
     result = run("gen", "--network=mnist", "--grid=edm,edm-unpinned", "--steps=5", "--num=80", "--ref=mnist:test",
-                 f"--data={data}", "--detector=lenet", "--cache=cells", "--out=t.json", "--device=cpu")
+                 f"--data={mnist_folder}", "--detector=lenet", "--cache=cells", "--out=t.json", "--device=cpu")
     assert result.exit_code == 0, result.stderr
     rows = json.loads(Path("t.json").read_text())["rows"]
     lenet = load_lenet()
-    reference = moments(lenet_features(lenet, to_images(load_mnist("test", data)[0])))
+    reference = moments(lenet_features(lenet, to_images(load_mnist("test", mnist_folder)[0])))
     images = generate(load_network("mnist").denoiser, edm(5, 0.002, 80), "heun", 80)
     values = lenet_features(lenet, to_images(to_pixels(images)))
     assert rows[0]["fid"] == pytest.approx(frechet_distance(*moments(values), *reference), rel=1e-3)

@@ -7,6 +7,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import fid
 import numpy as np
 import pytest
 import scipy.linalg
@@ -15,13 +16,11 @@ from PIL import Image
 
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.image_folders import open_images
-from tests.support.fid_standin import StandIn, load_tool, run_upstream, save_pickle, upstream_folder
+from tests.support.fid_standin import StandIn, run_upstream, save_pickle
 
 DIM, SIZE = 24, 8
 
-pytestmark = pytest.mark.skipif(
-    upstream_folder() is None, reason="needs a folder with edm/ and edm2/: ART_EDM_UPSTREAM or third_party"
-)
+pytestmark = pytest.mark.upstream
 
 
 def has_sqrtm() -> bool:
@@ -83,7 +82,7 @@ def ours(both, tmp_path, *args):
     """The FID by tools/fid.py, in full precision."""
     detector, out = both[1], tmp_path / "out.json"
     result = CliRunner().invoke(
-        load_tool().main, [*args, f"--detector={detector}", "--trust-pickle", "--device=cpu", f"--out={out}"]
+        fid.main, [*args, f"--detector={detector}", "--trust-pickle", "--device=cpu", f"--out={out}"]
     )
     assert result.exit_code == 0, result.output
     return json.loads(out.read_text())["fid"], result.stdout
@@ -102,7 +101,7 @@ def test_calc_gives_upstreams_fid(both, tmp_path, name):
 
 def test_ref_gives_upstreams_moments(both, tmp_path):
     folder, detector, *_ = both
-    result = CliRunner().invoke(load_tool().main, [
+    result = CliRunner().invoke(fid.main, [
         "ref", f"--data={folder / 'data'}", f"--dest={tmp_path / 'r.npz'}", f"--detector={detector}", "--trust-pickle",
         "--device=cpu", "--batch=7",
     ])

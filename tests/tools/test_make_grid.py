@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import io
 import json
 import math
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from art_edm.grids.grid import RULES, Grid, edm, load_grid, load_provenance, resample
 
@@ -23,21 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "make_grid.py"
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("make_grid", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tool):
     """Run the tool in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(tool.main, [str(a) for a in args])
+    return tool("make_grid")
 
 
 def files(folder="."):

@@ -10,10 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
 
 from art_edm.grids.grid import Grid, save_grid
-from tests.support.patched import SCRIPTS, load_tool
+from tests.support.patched import SCRIPTS
 
 # A stand-in with what a patch needs; written line by line, so that a test can name the lines.
 ORIGINAL = """\
@@ -97,11 +96,10 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def run(root):
+def run(root, tool, monkeypatch):
     """Run the tool."""
-    tool = load_tool()
-    tool.ROOT = root  # a module of this test alone
-    return lambda *args: CliRunner().invoke(tool.main, [str(a) for a in args])
+    monkeypatch.setattr("patch_upstream.ROOT", root)
+    return tool("patch_upstream")
 
 
 @pytest.fixture

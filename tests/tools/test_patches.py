@@ -6,13 +6,13 @@ import hashlib
 import re
 import subprocess
 
+import patch_upstream as tool
 import pytest
 from click.testing import CliRunner
 
-from tests.support.patched import COMMITS, LOCK, ROOT, SCRIPTS, VERSIONS, load_tool, originals
+from tests.support.patched import COMMITS, LOCK, ROOT, SCRIPTS, VERSIONS, originals
 from tests.support.upstream import upstream
 
-tool = load_tool()
 ENTRIES = [(name, digest, entry) for name in SCRIPTS for digest, entry in VERSIONS[name].items()]
 EACH = pytest.mark.parametrize("name, digest, entry", ENTRIES, ids=[entry["patch"] for _, _, entry in ENTRIES])
 
@@ -52,6 +52,7 @@ def test_a_patch_only_inserts(name, digest, entry):
     assert all("art_edm" in b"\n".join(item.lines).decode() for item in tool.read_patch(patch_of(entry)))
 
 
+@pytest.mark.upstream
 @EACH
 def test_git_and_our_own_code_apply_it_alike(name, digest, entry, tmp_path):
     data = original(name, entry)
@@ -66,6 +67,7 @@ def test_git_and_our_own_code_apply_it_alike(name, digest, entry, tmp_path):
     assert script.read_bytes() == data == tool.remove(ours, tool.read_patch(patch_of(entry)))
 
 
+@pytest.mark.upstream
 @EACH
 def test_none_of_nvlabs_lines_is_in_it(name, digest, entry):
     theirs = {line.strip() for data in originals(name).values() for line in data.decode().splitlines()}
@@ -78,6 +80,7 @@ def test_none_of_nvlabs_lines_is_in_it(name, digest, entry):
     assert "t_steps = torch.cat([t_steps, torch.zeros_like(t_steps[:1])]) # t_N = 0" in theirs  # they were read
 
 
+@pytest.mark.upstream
 @EACH
 def test_the_tool_finds_the_places_of_the_patch_by_itself(name, digest, entry):
     source = original(name, entry).decode()
@@ -86,6 +89,7 @@ def test_the_tool_finds_the_places_of_the_patch_by_itself(name, digest, entry):
         assert tool.find_place(item.place, "# one line more\n" + source) == item.after + 1
 
 
+@pytest.mark.upstream
 @EACH
 def test_inserting_at_the_printed_places_patches_a_changed_file(name, digest, entry, tmp_path):
     data = original(name, entry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import random
 import resource
@@ -11,29 +10,20 @@ import signal
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from art_edm.runtime.files import atomic_write
-from tests.support.survival import SCRIPT, STAGES, finished, grids, kill_in, stages, whole_or_absent
+from tests.support.survival import STAGES, finished, grids, kill_in, stages, whole_or_absent
 
 JOB = ["--network=oned", "--steps=2,5,18", "--out=g{steps}.npy", "--iterations=4", "--trajectories=4", "--quiet"]
 RANDOM = random.Random(6)
 FILES = sorted(f"g{k}.{kind}" for k in (2, 5, 18) for kind in ("json", "npy"))
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("train_schedule", SCRIPT)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tool):
     """The command in an empty folder, in this process."""
-    tool = load_tool()
-    monkeypatch.chdir(tmp_path)
-    return lambda *more: CliRunner().invoke(tool, [*JOB, *more])
+    command = tool("train_schedule")
+    return lambda *more: command(*JOB, *more)
 
 
 def names(folder):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import signal
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import train_mnist as tool
 from click.testing import CliRunner
 from mnist import judge as evaluation
 from mnist.judge import accuracy, lenet_features, lenet_fid
@@ -35,17 +34,6 @@ OPTIONS = [
     "--iterations=4", "--batch=4", "--snapshots=2", "--floor-samples=40", "--floor-steps=2", "--snapshot-samples=40",
 ]
 RESULTS = ["lenet.pt", "mnist.json", "mnist.png", "mnist.pt"]
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("train_mnist", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # a dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
 
 
 def write_data(folder):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import load_grid
@@ -46,15 +44,11 @@ class Gaussian(torch.nn.Module):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tool, tmp_path, monkeypatch):
     """Call the tool in an empty folder, where the stand-in's source is listed."""
     lock = write_lock(tmp_path / "lock.json", GAUSSIAN)
     monkeypatch.setattr(upstream_sources, "lock_file", lambda: lock)
-    spec = importlib.util.spec_from_file_location("train_schedule", SCRIPT)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(tool.main, list(args))
+    return tool("train_schedule")
 
 
 def pickled(name, *stds, source=GAUSSIAN, **attributes):
@@ -189,6 +183,7 @@ for name, label_dim in (('net', 4), ('gnet', 0)):
 """
 
 
+@pytest.mark.upstream
 def test_upstreams_guided_edm2_networks(tmp_path, monkeypatch):
     """The command itself, in float16 weights as snapshots have them, with the list that is shipped."""
     run_python(MAKE_EDM2, tmp_path, path=upstream("edm2"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 from art_edm.grids.grid import load_grid
 from art_edm.learning import training
@@ -27,12 +25,8 @@ DIRECT = ("--network=gaussian:0.5", "--method=direct", "--trajectories=4", "--qu
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_schedule", SCRIPT)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(tool.main, list(args))
+def run(tool):
+    return tool("train_schedule")
 
 
 def end_error(path: str, solver: str) -> float:

@@ -1,7 +1,6 @@
 """The main command: what it writes, what it refuses, and that nothing is lost when it is stopped."""
 
 import errno
-import importlib.util
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_schedule
 from click.testing import CliRunner
 
 from art_edm.grids.grid import load_grid
@@ -24,19 +24,10 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "train_schedule.py"
 SMALL = ["--iterations=8", "--trajectories=4", "--quiet"]
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("train_schedule", SCRIPT)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tool):
     """Call the tool in an empty folder, in this process."""
-    tool = load_tool()
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: CliRunner().invoke(tool.main, list(args))
+    return tool("train_schedule")
 
 
 @pytest.fixture
@@ -255,9 +246,10 @@ def wait_for_iteration(path, process, iteration):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The bytes of a whole run; one iteration less gives others."""
-    folder, tool = tmp_path_factory.mktemp("whole"), load_tool()
+    folder = tmp_path_factory.mktemp("whole")
     for name, more in (("whole", []), ("shorter", ["--iterations=23"])):
-        assert CliRunner().invoke(tool.main, [*LONG, *more, f"--out={folder}/{name}.npy", "--quiet"]).exit_code == 0
+        arguments = [*LONG, *more, f"--out={folder}/{name}.npy", "--quiet"]
+        assert CliRunner().invoke(train_schedule.main, arguments).exit_code == 0
     whole, shorter = ((folder / f"{name}.npy").read_bytes() for name in ("whole", "shorter"))
     assert whole != shorter
     return whole

@@ -41,7 +41,7 @@ from tests.support.trained_networks import DIFFUSERS, NETWORKS, loss, skip_loss,
 from tests.support.upstream import upstream
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+pytestmark = [pytest.mark.upstream, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")]
 NUM = 48
 SHORT = dict(tolerance=0.0, iterations=100, train_steps=40, batch=64, keep=512)  # enough for these networks; all share
 OFFICIAL = [name for name, item in TABLES.items() if item.official]
