@@ -175,10 +175,8 @@ def _checked(content: Dict[str, Any]) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def _real(key: str, value: Any) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError):
-        array = np.empty(0, object)
+    # Never a list: numpy takes all the paths through lists that share their parts.
+    array = np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else np.empty(0, object)
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
         raise StatisticsError(f"found {key} of type {array.dtype}, expected real numbers; get another reference")
     return array.astype(np.float64)

@@ -109,7 +109,7 @@ class Denoiser(torch.nn.Module):
         index = torch.randint(self.label_dim, (count,), generator=generator)
         if self.class_idx is not None:
             index = torch.full_like(index, self.class_idx)
-        return torch.eye(self.label_dim)[index].to(self.device)
+        return torch.zeros(count, self.label_dim).scatter_(1, index[:, None], 1).to(self.device)
 
     def neighbours(self, sigma: torch.Tensor, step: float) -> Tuple[torch.Tensor, torch.Tensor]:
         """Levels [B] above and below sigma [B], `step` of it away, between which D is differenced."""

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 from urllib.parse import urlsplit
@@ -19,13 +18,16 @@ from art_edm.models.denoiser import Denoiser
 from art_edm.models.lenet import LeNet
 from art_edm.models.nvlabs import NetworkDenoiser
 from art_edm.models.unet import ScoreUNet
+from art_edm.pickles.archives import load_tensors
 from art_edm.pickles.network import load_network_pickle
+from art_edm.pickles.records import PickleError
 from art_edm.runtime.download import download, is_url
 from art_edm.runtime.files import save_tensors, sha256_of
 
 __all__ = ["NetworkError", "Network", "bundled", "load_lenet", "load_network", "save_lenet", "save_network"]
 
 FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1"}
+LARGEST_SIZE = 1024  # of a width or resolution of our own networks; memory is taken by these before weights are read
 EXPECTED = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
 SNAPSHOT = "of upstream's files give network-snapshot-*.pkl, not a training state"
 
@@ -150,15 +152,14 @@ def _gaussian(spec: str) -> GaussianDenoiser:
 def _read(path: Path, kind: type) -> dict:
     """The content of a weight file of `kind`; no code in the file is ever executed."""
     try:
-        blob = path.read_bytes()
+        content = load_tensors(path)
     except OSError as error:
         raise NetworkError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    try:
-        content = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for damaged files
-        reason = "is truncated or not a weight file of art_edm" if blob else "is empty"
+    except PickleError as error:
+        reason = "is truncated or not a weight file of art_edm" if path.stat().st_size else "is empty"
+        detail = str(error).replace(f"{path}: ", "", 1)
         expected = f"expected a weight file written by train_mnist.py; {SNAPSHOT}"
-        raise NetworkError(f"{path} {reason} ({type(error).__name__}); {expected}") from None
+        raise NetworkError(f"{path} {reason} ({detail}); {expected}") from None
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMATS[kind]:
         expected = f"{FORMATS[kind]!r} as train_mnist.py writes it; {SNAPSHOT}"
@@ -168,8 +169,12 @@ def _read(path: Path, kind: type) -> dict:
 
 def _fill(kind: type, content: dict, path: Path) -> torch.nn.Module:
     try:
+        state = {key: value.float() for key, value in content["state"].items()}
+        for key, size in content["config"].items():
+            if not (isinstance(size, float) or (isinstance(size, int) and 0 < size <= LARGEST_SIZE)):
+                raise ValueError(f"found {key} = {str(size)[:20]}, expected 1 to {LARGEST_SIZE}")
         net = kind(**content["config"])
-        net.load_state_dict({key: value.float() for key, value in content["state"].items()})
+        net.load_state_dict(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         message = f"{path} does not fit {kind.__name__}: {first}; train it again with train_mnist.py"
@@ -184,7 +189,7 @@ def _save(path: Path, net: torch.nn.Module, config: dict) -> None:
 
 
 def save_network(path: Path, net: ScoreUNet) -> None:
-    """Write the score network in half precision, readable with `weights_only`."""
+    """Write the score network in half precision."""
     _save(path, net, net.config)
 
 

@@ -20,16 +20,20 @@ __all__ = ["MAX_OPCODES", "Call", "Global", "Persistent", "PickleError", "read_p
 MAX_OPCODES = 5_000_000  # a network has some 100,000; each may take some 200 bytes of memory
 MAX_NUMBER = 1000  # characters of a number written as text: Python takes quadratic time over a long one
 MAX_NAME = 100  # characters of a module's or a function's name
+_NOTHING = object()
 
 Allowed = Callable[[str, str], bool]
 
 
-def read_pickle(source: Union[bytes, BinaryIO], allowed: Optional[Allowed] = None) -> Any:
+def read_pickle(
+    source: Union[bytes, BinaryIO], allowed: Optional[Allowed] = None, limit: int = MAX_OPCODES
+) -> Any:
     """The tree of one pickle of any protocol; a file is left just behind it, so that another can follow.
 
     Args:
         source: the bytes, or a binary file that can seek.
         allowed: allowed(module, name) says which names may occur; None allows all, as none is looked up.
+        limit: most instructions.
     Raises:
         PickleError: damaged, truncated, too large or too deep, or a name that is not allowed.
     """
@@ -37,7 +41,7 @@ def read_pickle(source: Union[bytes, BinaryIO], allowed: Optional[Allowed] = Non
     start = file.tell()
     end = file.seek(0, io.SEEK_END)
     file.seek(start)
-    tree = _Machine(_Source(file, end - start), allowed).run()
+    tree = _Machine(_Source(file, end - start), allowed).run(limit)
     check_depth(tree)
     return tree
 
@@ -88,10 +92,11 @@ class _Machine:
         self.source, self.allowed = source, allowed
         self.stack: List[Any] = []
         self.marked: List[List[Any]] = []  # the stacks below each mark
-        self.memo: Dict[int, Any] = {}
+        self.memo: List[Any] = []  # a list, as numbers as keys could be chosen to collide
+        self.memoized = 0
 
-    def run(self) -> Any:
-        for _ in range(MAX_OPCODES):
+    def run(self, limit: int) -> Any:
+        for _ in range(limit):
             at = self.source.size - self.source.left
             opcode = _OPCODES.get(self.source.read(1))
             action = None if opcode is None else _ACTIONS.get(opcode.name)
@@ -109,7 +114,7 @@ class _Machine:
                 reason = " ".join(str(error).split())[:80]
                 raise PickleError(f"found a damaged instruction {opcode.name} at byte {at} ({reason}), expected a "
                                   "whole pickle; get it again") from None
-        raise PickleError(f"found more than {MAX_OPCODES} instructions, expected a network's; it is not read")
+        raise PickleError(f"found more than {limit} instructions, expected a network's; it is not read")
 
     def argument(self, opcode: pickletools.OpcodeInfo) -> Any:
         if opcode.arg is None:
@@ -152,7 +157,17 @@ class _Machine:
         return values
 
     def memoize(self, index: Optional[int]) -> None:
-        self.memo[len(self.memo) if index is None else index] = self.top()
+        index = self.memoized if index is None else index
+        if not 0 <= index <= 2 * len(self.memo) + 1000:
+            raise ValueError("an index far beyond the others")
+        self.memo += [_NOTHING] * (index + 1 - len(self.memo))
+        self.memoized += self.memo[index] is _NOTHING
+        self.memo[index] = self.top()
+
+    def recall(self, index: int) -> None:
+        if not 0 <= index < len(self.memo) or self.memo[index] is _NOTHING:
+            raise ValueError(f"no value {index}")
+        self.push(self.memo[index])
 
     def name(self, module: Any, name: Any) -> Global:
         for text in (module, name):
@@ -195,7 +210,7 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
-            target.update(check_key(value) for value in values)
+            target.update(check_key(value, len(target)) for value in values)
         elif isinstance(target, Call):
             target.elements.extend(values)
         else:
@@ -207,7 +222,7 @@ class _Machine:
             raise ValueError("a key without a value")
         pairs = zip(values[::2], values[1::2])
         if isinstance(target, dict):
-            target.update((check_key(key), value) for key, value in pairs)
+            target.update((check_key(key, len(target)), value) for key, value in pairs)
         elif isinstance(target, Call):
             target.items.extend(pairs)
         else:
@@ -232,7 +247,7 @@ _ACTIONS: Dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE3": lambda m, _: m.push(m.last(3)),
     "EMPTY_LIST": lambda m, _: m.push([]), "LIST": lambda m, _: m.push(m.pop_mark()),
     "EMPTY_DICT": lambda m, _: m.push({}), "DICT": _Machine.new_dict, "EMPTY_SET": lambda m, _: m.push(set()),
-    "FROZENSET": lambda m, _: m.push(frozenset([check_key(value) for value in m.pop_mark()])),
+    "FROZENSET": lambda m, _: m.push(frozenset([check_key(value, n) for n, value in enumerate(m.pop_mark())])),
     "APPEND": lambda m, _: m.append([m.pop()]), "APPENDS": lambda m, _: m.append(m.pop_mark()),
     "ADDITEMS": lambda m, _: m.append(m.pop_mark()),
     "SETITEM": lambda m, _: m.set_items(list(m.last(2))), "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),
@@ -240,7 +255,7 @@ _ACTIONS: Dict[str, Callable[[_Machine, Any], None]] = {
     "REDUCE": lambda m, _: m.call(*m.last(2)), "NEWOBJ": lambda m, _: m.call(*m.last(2)),
     "NEWOBJ_EX": lambda m, _: m.call(*m.last(3)), "INST": _Machine.inst, "OBJ": _Machine.obj, "BUILD": _Machine.build,
     "PERSID": lambda m, text: m.push(Persistent(text)), "BINPERSID": lambda m, _: m.push(Persistent(m.pop())),
-    **{name: lambda m, index: m.push(m.memo[index]) for name in ("GET", "BINGET", "LONG_BINGET")},
+    **{name: _Machine.recall for name in ("GET", "BINGET", "LONG_BINGET")},
     **{name: _Machine.memoize for name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")},
     **{name: _Machine.push for name in (
         "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",

@@ -19,9 +19,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 __all__ = [
     "MAX_DEPTH", "Call", "Global", "Handler", "Parts", "Persistent", "PickleError", "check_depth", "check_key",
-    "expect", "kind", "plain_name", "walk",
+    "children", "expect", "kind", "plain_name", "walk",
 ]
 
+MAX_NUMBER_KEYS = 1000  # in one dict or set
 MAX_DEPTH = 100  # of a tree; a network has some 30, and what reads the tree may call itself for each level
 
 
@@ -81,7 +82,7 @@ class Parts(NamedTuple):
 
 
 class Handler(NamedTuple):
-    """How to make the value of a call, and which parts besides arguments it takes: "state" or "items"."""
+    """How to make the value of a call, and which parts besides arguments it takes: "state", "items" or both."""
 
     make: Callable[[Parts], Any]
     takes: str = ""
@@ -105,9 +106,15 @@ def kind(value: Any) -> str:
     return f"{value}" if isinstance(value, Global) else f"a {type(value).__name__}"
 
 
-def check_key(key: Any, nested: bool = False) -> Any:
-    """`key`, or a PickleError if hashing it is a risk: a deep tuple recurses in C, long integers can all collide."""
-    if isinstance(key, tuple) and not nested and len(key) <= 100:
+def check_key(key: Any, others: int = 0, nested: bool = False) -> Any:
+    """`key`, or a PickleError if hashing it beside `others` is a risk.
+
+    A deep tuple recurses in C. The hashes of numbers, unlike those of text, can be chosen so that all collide: then n
+    keys take n^2 / 2 comparisons.
+    """
+    if others >= MAX_NUMBER_KEYS and not isinstance(key, (str, bytes)):
+        raise PickleError(f"found more than {MAX_NUMBER_KEYS} keys that are numbers, expected text; nothing was run")
+    if isinstance(key, tuple) and not nested and len(key) <= 8:
         for part in key:
             check_key(part, nested=True)
     elif isinstance(key, int):
@@ -118,7 +125,8 @@ def check_key(key: Any, nested: bool = False) -> Any:
     return key
 
 
-def _children(node: Any) -> Iterator[Any]:
+def children(node: Any) -> Iterator[Any]:
+    """What a node of a tree holds, but for the keys of dicts and the members of sets."""
     if isinstance(node, (tuple, list)):
         yield from node
     elif isinstance(node, dict):
@@ -139,7 +147,7 @@ def walk(tree: Any) -> Iterator[Any]:
         node = waiting.pop()
         if isinstance(node, (tuple, list, dict, Call, Persistent)) and id(node) not in seen:
             seen.add(id(node))
-            waiting += _children(node)
+            waiting += children(node)
             yield node
 
 
@@ -150,10 +158,10 @@ def check_depth(tree: Any) -> None:
     """
     height: Dict[int, int] = {}  # of the nodes that are done
     open_nodes = {id(tree)}
-    path = [(tree, _children(tree), 1)]
+    path = [(tree, children(tree), 1)]
     while path:
-        node, children, tallest = path.pop()
-        for child in children:
+        node, rest, tallest = path.pop()
+        for child in rest:
             if not isinstance(child, (tuple, list, dict, Call, Persistent)):
                 continue
             if id(child) in open_nodes:
@@ -161,7 +169,7 @@ def check_depth(tree: Any) -> None:
             if id(child) in height:
                 tallest = max(tallest, height[id(child)] + 1)
                 continue
-            path += [(node, children, tallest), (child, _children(child), 1)]
+            path += [(node, rest, tallest), (child, children(child), 1)]
             open_nodes.add(id(child))
             break
         else:

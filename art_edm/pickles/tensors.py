@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ import torch
 from art_edm.pickles.machine import read_pickle
 from art_edm.pickles.records import Global, Handler, Parts, Persistent, PickleError, expect
 
-__all__ = ["TENSOR_HANDLERS", "Storage", "read_storage"]
+__all__ = ["TENSOR_HANDLERS", "Storage", "elements", "is_storage_class", "read_storage", "storage_fields"]
+
+HEAD = 1000  # most instructions of the small pickles before a storage's elements; there are some 30
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DTYPES = {
@@ -47,29 +49,40 @@ def read_storage(raw: bytes) -> Storage:
     file = io.BytesIO(raw)
     if raw.startswith(b"PK"):
         raise PickleError("found a tensor stored as a zip, expected torch's older format as in any pickle; not read")
-    magic, protocol, system = (read_pickle(file, _no_name) for _ in range(3))
+    magic, protocol, system = (read_pickle(file, _no_name, HEAD) for _ in range(3))
     little = system.get("little_endian") if isinstance(system, dict) else None
     if (magic, protocol) != (_MAGIC, _PROTOCOL) or little is not True or sys.byteorder != "little":
         raise PickleError("found a tensor in an unknown format, expected torch's of little-endian machines; not read")
-    record, keys = read_pickle(file, _is_storage_class), read_pickle(file, _no_name)
-    fields = record.id if isinstance(record, Persistent) else None
-    if not isinstance(fields, tuple) or len(fields) != 6 or fields[0] != "storage" or keys != [fields[2]]:
+    record, keys = read_pickle(file, is_storage_class, HEAD), read_pickle(file, _no_name, HEAD)
+    key, dtype, numel = storage_fields(record.id if isinstance(record, Persistent) else None)
+    # The types first: a comparison of tuples that share their parts takes 2^depth steps.
+    if not (isinstance(keys, list) and len(keys) == 1 and isinstance(keys[0], str) and keys[0] == key):
         raise PickleError("found a tensor's storage that holds something else; not read")
-    _, cls, _, location, numel, view = fields
-    if not (isinstance(cls, Global) and isinstance(location, str) and type(numel) is int and view is None):
-        raise PickleError("found a tensor's storage of an unknown form; not read")
-    return Storage(_elements(raw, file.tell(), _DTYPES[cls.name], numel))
-
-
-def _elements(raw: bytes, at: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
-    """What follows in `raw`: the number of elements as int64, then the elements, [numel]."""
-    data = torch.empty(0, dtype=dtype)
-    if len(raw) < at + 8 or len(raw) - at - 8 != numel * data.element_size():
-        raise PickleError("found a tensor's storage of another length than it says; the file is damaged: get it again")
-    flat = np.frombuffer(raw, np.uint8, offset=at + 8)
-    if struct.unpack_from("<q", raw, at)[0] != numel or (dtype == torch.bool and (flat > 1).any()):
+    data = elements(raw, file.tell() + 8, dtype, numel)
+    if struct.unpack_from("<q", raw, file.tell())[0] != numel:
         raise PickleError("found a tensor's storage with impossible content; the file is damaged: get it again")
-    data = torch.empty(numel, dtype=dtype)  # a copy, as bytes cannot be written to
+    return Storage(data)
+
+
+def storage_fields(fields: Any) -> Tuple[str, torch.dtype, int]:
+    """Key, type and number of elements in torch's ("storage", class, key, location, elements[, None])."""
+    if not isinstance(fields, tuple) or len(fields) not in (5, 6) or fields[0] != "storage":
+        raise PickleError("found a tensor's storage that holds something else; not read")
+    _, cls, key, location, numel = fields[:5]
+    ok = isinstance(cls, Global) and is_storage_class(cls.module, cls.name) and fields[5:] in ((), (None,))
+    if not (ok and isinstance(key, str) and isinstance(location, str) and type(numel) is int):
+        raise PickleError("found a tensor's storage of an unknown form; not read")
+    return key, _DTYPES[cls.name], numel
+
+
+def elements(raw: bytes, start: int, dtype: torch.dtype, numel: int) -> torch.Tensor:
+    """A copy [numel] of the elements that `raw` holds from `start` to its end; a PickleError if they are others."""
+    if len(raw) - start != numel * torch.empty(0, dtype=dtype).element_size():
+        raise PickleError("found a tensor's storage of another length than it says; the file is damaged: get it again")
+    flat = np.frombuffer(raw, np.uint8, offset=start)
+    if dtype == torch.bool and (flat > 1).any():
+        raise PickleError("found a tensor's storage with impossible content; the file is damaged: get it again")
+    data = torch.empty(numel, dtype=dtype)  # as bytes cannot be written to
     data.view(torch.uint8).numpy()[:] = flat
     return data
 
@@ -78,7 +91,8 @@ def _no_name(module: str, name: str) -> bool:
     return False
 
 
-def _is_storage_class(module: str, name: str) -> bool:
+def is_storage_class(module: str, name: str) -> bool:
+    """Whether a pickle of tensors may name this as the type of a storage."""
     return module in ("torch", "torch.cuda") and name in _DTYPES
 
 

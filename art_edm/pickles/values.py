@@ -22,9 +22,11 @@ from art_edm.pickles.records import (
     Persistent,
     PickleError,
     check_key,
+    children,
     expect,
     kind,
     plain_name,
+    walk,
 )
 from art_edm.pickles.tensors import TENSOR_HANDLERS
 from art_edm.runtime.files import PathLike
@@ -32,15 +34,18 @@ from art_edm.runtime.files import PathLike
 __all__ = ["HANDLERS", "is_data", "load_data", "to_data"]
 
 
-def to_data(tree: Any, extra: Optional[Mapping[str, Handler]] = None) -> Any:
+def to_data(
+    tree: Any, extra: Optional[Mapping[str, Handler]] = None, stored: Optional[Callable[[Any], Any]] = None
+) -> Any:
     """The value of a tree of `read_pickle`; a node that occurs twice becomes one value.
 
     Args:
         extra: handlers besides `HANDLERS`, by `plain_name`.
+        stored: the value of a reference, by its id, to what is stored outside the pickle; None refuses all.
     Raises:
         PickleError: a call that has no handler, or whose parts are not what it needs.
     """
-    return _Converter({**HANDLERS, **(extra or {})}).value(tree)
+    return _Converter({**HANDLERS, **(extra or {})}, stored, 4 * _extent(tree) + 1_000_000).value(tree)
 
 
 def is_data(module: str, name: str) -> bool:
@@ -63,8 +68,9 @@ def load_data(path: PathLike) -> Any:
 class _Converter:
     """Carries out the calls of a tree, the innermost first, each once."""
 
-    def __init__(self, handlers: Mapping[str, Handler]) -> None:
-        self.handlers = handlers
+    def __init__(self, handlers: Mapping[str, Handler], stored: Optional[Callable[[Any], Any]], budget: int) -> None:
+        self.handlers, self.stored = handlers, stored
+        self.budget = budget  # of what all handlers read, so that one large part is not copied by each of many calls
         self.done: Dict[int, Any] = {}  # by the id of a node, which the tree keeps alive
 
     def value(self, node: Any) -> Any:
@@ -81,6 +87,8 @@ class _Converter:
             return {key: self.value(value) for key, value in node.items()}
         if isinstance(node, (tuple, list)):
             return type(node)([self.value(part) for part in node])
+        if isinstance(node, Persistent) and self.stored is not None:
+            return self.stored(node.id)
         raise PickleError(f"found {kind(node)} by itself, expected plain data; nothing was run")
 
     def argument(self, node: Any) -> Any:
@@ -94,16 +102,32 @@ class _Converter:
         if handler is None:
             raise PickleError(f"found a call of {name}, which is not plain data; nothing was run")
         expect(not node.kwargs and not node.elements, name, "keywords or elements")
-        expect(handler.takes == "state" or node.state is None, name, "a state")
-        expect(handler.takes == "items" or not items, name, "items")
+        expect("state" in handler.takes or node.state is None, name, "a state")
+        expect("items" in handler.takes or not items, name, "items")
         values = tuple([self.argument(part) for part in args])
-        pairs = tuple([(check_key(self.value(key)), self.value(value)) for key, value in items])
+        pairs = tuple([(self.value(key), self.value(value)) for key, value in items])
+        state = self.value(node.state)
+        self.budget -= len(pairs) + sum(map(_length, (*values, *(state if isinstance(state, tuple) else ()))))
+        if self.budget < 0:
+            raise PickleError("found large parts that are used again and again, expected each about once; not read")
         try:
-            return handler.make(Parts(name, values, self.value(node.state), pairs))
+            return handler.make(Parts(name, values, state, pairs))
         except PickleError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             expect(False, name, f"parts ({type(error).__name__})")
+
+
+def _length(part: Any) -> int:
+    return len(part) if isinstance(part, (str, bytes, bytearray, tuple, list, dict, set, frozenset)) else 1
+
+
+def _extent(tree: Any) -> int:
+    """Characters, bytes and elements in a tree, each object counted once."""
+    sizes = {id(tree): _length(tree)}
+    for node in walk(tree):
+        sizes.update((id(child), _length(child)) for child in children(node))
+    return sum(sizes.values())
 
 
 def _reconstructed(name: str, node: Call) -> Tuple[str, tuple, List[Tuple[Any, Any]]]:
@@ -141,7 +165,7 @@ def _bytes(parts: Parts) -> bytes:
 def _set(parts: Parts) -> set:
     ok = parts.args == () or (len(parts.args) == 1 and isinstance(parts.args[0], (list, tuple, set, frozenset)))
     expect(ok, parts.name, "arguments")
-    return {check_key(member) for members in parts.args for member in members}
+    return {check_key(member, n) for members in parts.args for n, member in enumerate(members)}
 
 
 def _complex(parts: Parts) -> complex:
@@ -157,8 +181,17 @@ def _mapping(make: Callable[[Any], dict]) -> Callable[[Parts], dict]:
             pairs[:0] = first.items() if isinstance(first, dict) else first if isinstance(first, (list, tuple)) else [0]
         ok = len(parts.args) <= 1 and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
         expect(ok, parts.name, "arguments")
-        return make((check_key(key), value) for key, value in pairs)
+        return make((check_key(key, n), value) for n, (key, value) in enumerate(pairs))
 
+    return made
+
+
+def _ordered(parts: Parts) -> "OrderedDict[Any, Any]":
+    """An OrderedDict; that of Module.state_dict() has one attribute, the versions of the layers' formats."""
+    made, state = _mapping(OrderedDict)(parts), parts.state
+    expect(state is None or (isinstance(state, dict) and list(state) == ["_metadata"]), parts.name, "a state")
+    if state is not None:
+        made._metadata = state["_metadata"]
     return made
 
 
@@ -220,7 +253,7 @@ HANDLERS: Dict[str, Handler] = {
     "builtins.complex": Handler(_complex),
     "builtins.set": Handler(_set),
     "builtins.frozenset": Handler(lambda parts: frozenset(_set(parts))),
-    "collections.OrderedDict": Handler(_mapping(OrderedDict), "items"),
+    "collections.OrderedDict": Handler(_ordered, "items and state"),
     "dnnlib.util.EasyDict": Handler(_mapping(dict), "items"),
     "numpy.dtype": Handler(_dtype, "state"),
     "numpy.core.multiarray._reconstruct": Handler(_ndarray, "state"),

@@ -11,6 +11,7 @@ import torch
 from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.unet import ScoreUNet
+from art_edm.runtime.memory import peak_memory
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -175,3 +176,16 @@ def test_network_under_autocast_keeps_float32_parameters_and_result():
     assert rough.dtype == torch.float32
     error = float((rough - net(x, 0.5)).detach().abs().max())
     assert 0 < error < 0.1  # the convolutions did run in bfloat16
+
+
+def test_labels_take_memory_for_what_is_drawn_alone():
+    """A pickle may say 60,000 classes: a matrix of all of them would take 14 GB."""
+    class Labelled(Denoiser):
+        label_dim = 3000
+
+    def drawn():
+        return Labelled(1, 4).draw_labels(2, torch.Generator().manual_seed(0))
+
+    index = torch.randint(3000, (2,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn(), torch.eye(3000)[index]) and drawn().dtype == torch.float32
+    assert peak_memory(drawn, "cpu") < 100_000 < peak_memory(lambda: torch.eye(3000)[index], "cpu")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copyreg
 import io
+import itertools
 import os
 import pickle
 import struct
@@ -17,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from art_edm.pickles.machine import PickleError
+from art_edm.pickles.machine import PickleError, read_pickle
 from art_edm.pickles.network import NetworkPickleError, UnknownSource, load_network_pickle
-from art_edm.pickles.values import load_data
+from art_edm.pickles.values import HANDLERS, _Converter, load_data
 from tests.support.pickle_stand_ins import SOURCE, dumps, plain_loads, write_lock
 
 NAME = "hostile-ran"  # of the file that a payload makes, in the working directory
@@ -261,6 +262,85 @@ def test_billion_laughs(folder):
     (folder / "data.pkl").write_bytes(b"\x80\x02" + value + b".")
     start, data = time.perf_counter(), load_data(folder / "data.pkl")
     assert data[0] is data[9] and time.perf_counter() - start < 5
+
+
+def shared_tuples(depth):
+    """Instructions that push a tuple of two that are one and the same, `depth` deep."""
+    return b"K\x01" + b"2\x86" * depth
+
+
+def test_shared_tuples_are_not_compared(folder):
+    """A storage's key and the list of keys are equal tuples; comparing them would take 2^60 steps."""
+    head = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    record = (b"\x80\x02(" + text("storage") + b"ctorch\nFloatStorage\n" + shared_tuples(60) + text("cpu") + b"K\x01N"
+              + b"tQ.")
+    raw = head + record + b"\x80\x02]" + shared_tuples(60) + b"a." + struct.pack("<q", 1) + bytes(4)
+    (folder / "net.pkl").write_bytes(pickle.dumps(storage(raw), 2))
+    start = time.perf_counter()
+    with pytest.raises(PickleError, match="a tensor's storage of an unknown form"):
+        load_data(folder / "net.pkl")
+    assert time.perf_counter() - start < 5
+
+
+def test_comparing_shared_tuples_takes_all_paths():
+    """The twin: two equal trees, 10 deep, take 2^10 comparisons."""
+    class Leaf:
+        compared = 0
+
+        def __eq__(self, other):
+            Leaf.compared += 1
+            return True
+
+    one, two = Leaf(), Leaf()
+    for _ in range(10):
+        one, two = (one, one), (two, two)
+    assert one == two and Leaf.compared == 1 << 10
+
+
+COLLIDING = list(itertools.product((-1, *(-2 - k * ((1 << 61) - 1) for k in range(4))), repeat=5))
+
+
+@pytest.mark.parametrize("wrap", [dict.fromkeys, set, frozenset], ids=["dict", "set", "frozenset"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_colliding_keys(folder, wrap, protocol):
+    assert len(COLLIDING) > 3000 and len(set(map(hash, COLLIDING))) == 1  # the twin: each is compared with all others
+    (folder / "data.pkl").write_bytes(pickle.dumps(wrap(COLLIDING), protocol))
+    with pytest.raises(PickleError, match="more than 1000 keys that are numbers"):
+        load_data(folder / "data.pkl")
+    (folder / "data.pkl").write_bytes(pickle.dumps(wrap(COLLIDING[:1000]), protocol))
+    assert set(load_data(folder / "data.pkl")) == set(COLLIDING[:1000])
+    (folder / "data.pkl").write_bytes(pickle.dumps(wrap(map(str, range(5000))), protocol))
+    assert len(load_data(folder / "data.pkl")) == 5000  # of text there may be any number: its hashes cannot be chosen
+
+
+def test_memo_indices_that_could_collide(folder):
+    (folder / "data.pkl").write_bytes(b"\x80\x02K\x01r" + struct.pack("<I", 1 << 31) + b".")
+    with pytest.raises(PickleError, match="LONG_BINPUT .*an index far beyond"):
+        load_data(folder / "data.pkl")
+
+
+def used_a_hundred_times(function, argument):
+    """One argument that a hundred calls share, in a list."""
+    return b"\x80\x02" + argument + b"q\x01](" + (function + b"h\x01\x85R") * 100 + b"e\x86."
+
+
+LEGACY = torch.zeros(100_000).storage().__reduce__()[1][0]  # as a pickle holds a storage: 400 KB
+REPEATED = {
+    "list": (b"c__builtin__\nset\n", b"(" + text("a") * 40_000 + b"l"),
+    "bytes": (b"c__builtin__\nbytearray\n", b"B" + struct.pack("<I", 400_000) + bytes(400_000)),
+    "storage": (b"ctorch.storage\n_load_from_bytes\n", b"B" + struct.pack("<I", len(LEGACY)) + LEGACY),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_one_part_of_many_calls(folder, name):
+    function, argument = REPEATED[name]
+    raw = used_a_hundred_times(function, argument)
+    (folder / "data.pkl").write_bytes(raw)
+    with pytest.raises(PickleError, match="used again and again"):
+        load_data(folder / "data.pkl")
+    made = _Converter(HANDLERS, None, 1 << 60).value(read_pickle(raw))[1]  # the twin, without the budget
+    assert len({id(item) for item in made}) == 100  # storages: 40 MB of a file of 400 KB
 
 
 def test_there_are_enough_forms():
