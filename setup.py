@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "art_edm" / "__init__.py").read_text()).group(1)
+beside = ["third_party", "patches", "tools", *(f"tools.{name}" for name in find_packages(str(here / "tools")))]
 
 setup(
     name="art_edm",
@@ -16,15 +17,19 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.9",
-    # The list of known sources is read at run time: an installed package has a copy, a checkout its own file.
-    packages=[*find_packages(include=["art_edm", "art_edm.*"]), "art_edm.third_party"],
-    package_dir={"art_edm.third_party": "third_party"},
-    package_data={"art_edm": ["weights/*"], "art_edm.third_party": ["upstream.json"]},
-    install_requires=["torch>=2.0", "numpy", "click", "pillow", "scipy", "requests"],
+    # An installed package has a copy of the scripts, the patches and the list of known sources; a checkout its own.
+    packages=[*find_packages(include=["art_edm", "art_edm.*"]), *(f"art_edm.{name}" for name in beside)],
+    package_dir={f"art_edm.{name}": name.replace(".", "/") for name in beside},
+    package_data={"art_edm": ["weights/*"], "art_edm.third_party": ["upstream.json"], "art_edm.patches": ["*.patch"],
+                  "art_edm.tools.paper": ["paper.json"]},
+    entry_points={"console_scripts": ["art-edm = art_edm.__main__:main"]},
+    # torch 2.3 is the first that works with numpy 2, which pip installs beside it.
+    install_requires=["torch>=2.3", "numpy", "click", "pillow", "scipy", "requests"],
     extras_require={
         "plot": ["matplotlib"],
         "diffusers": ["diffusers>=0.30"],
         # scipy 1.18 lost the sqrtm that the Frechet distance is tested against
-        "test": ["pytest", "hypothesis", "ruff", "matplotlib", "tqdm", "scipy<1.18"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "tqdm", "setuptools>=70.1",
+                 "scipy<1.18"],
     },
 )

@@ -15,7 +15,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import click
 
-from art_edm.runtime.cli import Command
+from art_edm.runtime.cli import Command, installed, named
 from art_edm.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +85,11 @@ class Script(NamedTuple):
     def __str__(self) -> str:
         known = f" (version of commit {self.version['commit'][:7]})" if self.state != "unknown" else " version"
         return f"{self.path}: {self.state}{known}"
+
+
+def checkouts() -> Path:
+    """Where repositories are fetched to: third_party/ of the project, or in this folder for an installed package."""
+    return Path("third_party") if installed() else ROOT / "third_party"
 
 
 def lock() -> Dict[str, Any]:
@@ -206,11 +211,12 @@ def clone(repo: str, address: str) -> None:
 
     Raises a ConnectionError if it cannot be fetched, a ValueError without git.
     """
-    target, commit = ROOT / "third_party" / repo, lock()[repo]["commit"]
+    target, commit = checkouts() / repo, lock()[repo]["commit"]
     if not shutil.which("git"):
         raise ValueError(f"found no git; install it, or unpack commit {commit} of {address} as {target}")
     click.echo(f"fetching commit {commit[:7]} of {address}")
     address = os.path.abspath(address) if os.path.exists(address) else address
+    target.parent.mkdir(exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{repo}.", dir=target.parent))
     try:
         tree = str(part / repo)
@@ -237,7 +243,7 @@ def fetched(repos: List[str], address: Optional[str], fetch: bool) -> Dict[str, 
     """The scripts in third_party/, by repository; missing checkouts are fetched, or else said and left out."""
     paths = {}
     for name in repos:
-        folder = ROOT / "third_party" / name
+        folder = checkouts() / name
         if not folder.exists() and fetch:
             clone(name, address or lock()[name]["url"])
         elif address and folder.exists():
@@ -245,7 +251,7 @@ def fetched(repos: List[str], address: Optional[str], fetch: bool) -> Dict[str, 
         if folder.exists():
             paths[name] = folder / SCRIPTS[name]
         else:
-            click.echo(f"{folder}: no checkout; python tools/patch_upstream.py fetches one")
+            click.echo(named(f"{folder}: no checkout; python tools/patch_upstream.py fetches one"))
     return paths
 
 

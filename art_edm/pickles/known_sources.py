@@ -19,7 +19,7 @@ import torch
 
 from art_edm.runtime.files import PathLike, cache_dir
 
-__all__ = ["Listed", "listed_sources", "lock_file", "run_source", "sha256_of_source"]
+__all__ = ["Listed", "checkout_folder", "listed_sources", "lock_file", "run_source", "sha256_of_source"]
 
 
 class Listed(NamedTuple):
@@ -35,6 +35,12 @@ def lock_file() -> Path:
     package = Path(__file__).resolve().parents[1]
     found = [folder / "third_party" / "upstream.json" for folder in (package, package.parent)]
     return next((path for path in found if path.is_file()), found[-1])
+
+
+def checkout_folder() -> Path:
+    """Where upstream's checkouts are looked for: beside the list of a checkout, else third_party/ in this folder."""
+    folder = lock_file().parent
+    return Path("third_party") if folder.parent == Path(__file__).resolve().parents[1] else folder
 
 
 def listed_sources(lock: Optional[PathLike] = None) -> Dict[str, Listed]:

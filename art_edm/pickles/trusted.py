@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 
-from art_edm.pickles.known_sources import lock_file, sha256_of_source
+from art_edm.pickles.known_sources import checkout_folder, sha256_of_source
 from art_edm.pickles.records import PickleError
 from art_edm.runtime.files import PathLike
 
@@ -22,7 +22,7 @@ __all__ = ["find_checkout", "load_trusted"]
 
 def find_checkout() -> Optional[Path]:
     """A checkout of EDM2 or EDM, in $ART_EDM_UPSTREAM or else in third_party/."""
-    folders = [os.environ.get("ART_EDM_UPSTREAM"), lock_file().parent]
+    folders = [os.environ.get("ART_EDM_UPSTREAM"), checkout_folder()]
     places = [Path(folder) / name for folder in folders if folder for name in ("edm2", "edm")]
     return next((place for place in places if (place / "torch_utils" / "persistence.py").is_file()), None)
 

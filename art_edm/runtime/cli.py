@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +18,30 @@ import click
 
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
 
-__all__ = ["Command", "Group", "command_line", "versions"]
+__all__ = ["TOOLS", "Command", "Group", "command_line", "installed", "named", "tool_command", "versions"]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+TOOLS = next((folder / "tools" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "tools").is_dir()),
+             _PACKAGE.parent / "tools")  # within an installed package, or beside the package in a checkout
+_SHORT = {"train_schedule": "train", "make_grid": "grid", "patch_upstream": "patch"}
+
+
+def installed() -> bool:
+    """Whether the scripts of tools/ are within the package, so that they are called `art-edm COMMAND`."""
+    return TOOLS.parent == _PACKAGE
+
+
+def tool_command(script: str) -> str:
+    """What `art-edm` calls tools/SCRIPT.py."""
+    return _SHORT.get(script, script.replace("_", "-"))
+
+
+def named(text: str) -> str:
+    """`text` with the scripts that it names as this machine has them: `art-edm grid` where there is no tools/."""
+    if not installed():
+        return text
+    text = re.sub(r"(torchrun \S.*?) tools/(\w+)\.py", lambda m: f"{m[1]} -m art_edm {tool_command(m[2])}", text)
+    return re.sub(r"(?:python )?tools/(\w+)\.py", lambda m: f"art-edm {tool_command(m[1])}", text)
 
 
 class _OneLineErrors(click.Command):
@@ -25,6 +49,8 @@ class _OneLineErrors(click.Command):
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """As click's own, with the errors this package raises taken as a user's."""
+        if installed() and kwargs.get("prog_name"):
+            kwargs["prog_name"] = f"art-edm {tool_command(kwargs['prog_name'].rpartition('.')[0])}"
         try:
             result = super().main(*args, standalone_mode=False, **kwargs)
         except (click.Abort, KeyboardInterrupt):
@@ -37,11 +63,15 @@ class _OneLineErrors(click.Command):
             if not standalone_mode:
                 raise
             text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            click.echo(f"Error: {' '.join(text.split())}", err=True)
+            click.echo(named(f"Error: {' '.join(text.split())}"), err=True)
             sys.exit(2)
         if standalone_mode:
             sys.exit(result if isinstance(result, int) else 0)
         return result
+
+    def get_help(self, ctx: click.Context) -> str:
+        """As click's own, with the scripts named as they are here."""
+        return named(super().get_help(ctx))
 
 
 class Command(_OneLineErrors):
@@ -51,10 +81,14 @@ class Command(_OneLineErrors):
 class Group(_OneLineErrors, click.Group):
     """For `@click.group(cls=Group)`."""
 
+    command_class = Command
+
 
 def command_line() -> str:
     """The command as it could be typed again, without the interpreter's path."""
     script = Path(sys.argv[0])
+    if installed() and script.parent == TOOLS:
+        return shlex.join(["art-edm", tool_command(script.stem), *sys.argv[1:]])
     return shlex.join(["python", os.path.relpath(script) if script.exists() else script.name, *sys.argv[1:]])
 
 

@@ -183,7 +183,7 @@ def test_zeros_are_filled_and_nothing_else_is():
 @pytest.mark.parametrize("text, said", [(None, "found no edm/training/networks.py"), ("x = 1", "does not list")])
 def test_missing_and_altered_modules_are_refused(text, said, tmp_path, monkeypatch):
     monkeypatch.setenv("ART_EDM_UPSTREAM", str(tmp_path))
-    monkeypatch.setattr(benchmarks_networks, "lock_file", lambda: tmp_path / "none" / "upstream.json")
+    monkeypatch.setattr(benchmarks_networks, "checkout_folder", lambda: tmp_path / "none")
     if text is not None:
         (tmp_path / "edm" / "training").mkdir(parents=True)
         (tmp_path / "edm" / "training" / "networks.py").write_text(text)

@@ -18,7 +18,7 @@ import torch
 
 from art_edm.models.loading import Network, load_network
 from art_edm.models.nvlabs import NetworkDenoiser
-from art_edm.pickles.known_sources import listed_sources, lock_file, run_source
+from art_edm.pickles.known_sources import checkout_folder, listed_sources, run_source
 from art_edm.runtime.files import sha256_of
 
 __all__ = ["SIZES", "NoCheckout", "Size", "benchmark_network", "fill_zeros"]
@@ -83,7 +83,7 @@ def fill_zeros(net: torch.nn.Module) -> None:
 
 def _upstream_module(file: str) -> Any:
     """Upstream's module `file` of a checkout in $ART_EDM_UPSTREAM or third_party/."""
-    folders = [os.environ.get("ART_EDM_UPSTREAM"), lock_file().parent]
+    folders = [os.environ.get("ART_EDM_UPSTREAM"), checkout_folder()]
     path = next((Path(f) / file for f in folders if f and (Path(f) / file).is_file()), None)
     if path is None:
         raise NoCheckout(f"found no {file} in $ART_EDM_UPSTREAM or third_party/, expected a checkout of NVlabs' code; "
