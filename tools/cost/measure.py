@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from art_edm.grids.clocks import make_clock
+from art_edm.learning.provenance import FINE_STEPS, clock_score
 from art_edm.learning.training import PRESETS, TrainConfig, TrainResult, train
 from art_edm.measure.dense_paths import measure_along, measure_profile
 from art_edm.measure.field import full_precision
@@ -32,7 +34,6 @@ __all__ = ["budget", "costs", "layouts", "learned_score", "paper", "profile_memo
            "reference", "run"]
 
 PAPER_ITERATIONS, PAPER_EVALUATIONS = 5000, 2
-FINE_STEPS = 4096  # steps at which a clock's J is taken
 
 
 class Seconds(NamedTuple):
@@ -124,9 +125,7 @@ def reference(denoiser: Denoiser, trajectories: int, points: int, batch: int) ->
 
 def learned_score(result: TrainResult, profile: Profile) -> float:
     """J/J* of the learned clock on `profile`."""
-    values = result.learned.sigma(np.linspace(0, 1, FINE_STEPS + 1))
-    values[0], values[-1] = profile.horizon, 0.0
-    return profile.cost(values) / profile.optimum
+    return clock_score(SimpleNamespace(learned=result.learned, profile=profile))
 
 
 def run(denoiser: Denoiser, config: TrainConfig, profile: Optional[Profile]) -> Tuple[TrainResult, Dict[str, Any]]:

@@ -114,44 +114,35 @@ def shown(value: Optional[float], stderr: Optional[float] = None) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The table: each row with the paper's beneath it where it has one; the best of a column in bold."""
-    if len(result.columns) > WIDE:
-        return _markdown_down(result)
-    lines = [["", *result.columns], ["---"] * (len(result.columns) + 1)]
-    best = _best(result)
+    """The table: each row with the paper's beneath it where it has one; the best of a column in bold.
+
+    With many columns it is turned, a line for each, without the paper's.
+    """
+    turned, best, rows = len(result.columns) > WIDE, _best(result), []
     for name, values in result.rows.items():
-        cells = [shown(value, _get(result.stderr, name, i)) for i, value in enumerate(values)]
-        lines.append([name, *(f"**{text}**" if best[i] == name else text for i, text in enumerate(cells))])
-        if name in result.paper:
+        cells = _cells(result.stderr, name, values)
+        rows.append([name, *(f"**{text}**" if best[i] == name else text for i, text in enumerate(cells))])
+        if name in result.paper and not turned:
             printed = ("" if value is None else f"*{shown(value)}*" for value in result.paper[name])
-            lines.append([f"*{name}, paper*", *printed])
-    text = "".join(f"| {' | '.join(row)} |\n" for row in lines)
-    for title, rows in result.more.items():
-        text += f"\n{title}:\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in [
-            ["", *result.columns], ["---"] * (len(result.columns) + 1),
-            *([name, *_cells(result, title, name, values)] for name, values in rows.items())])
+            rows.append([f"*{name}, paper*", *printed])
+    text = _table(result.columns, rows, turned)
+    for title, more in result.more.items():
+        errors = result.more_stderr.get(title, {})
+        rows = [[name, *_cells(errors, name, values)] for name, values in more.items()]
+        text += f"\n{title}:\n\n{_table(result.columns, rows, turned)}"
     return text
 
 
-def _cells(result: Result, title: str, name: str, values: Sequence[Optional[float]]) -> List[str]:
-    """A row of one of the tables in `more`."""
-    errors = result.more_stderr.get(title, {})
-    return [shown(value, _get(errors, name, i)) for i, value in enumerate(values)]
+def _cells(stderr: Numbers, name: str, values: Sequence[Optional[float]]) -> List[str]:
+    """A row's figures with their standard errors."""
+    return [shown(value, _get(stderr, name, i)) for i, value in enumerate(values)]
 
 
-def _markdown_down(result: Result) -> str:
-    """The same with a line for each column, where these are many."""
-    best, text = _best(result), ""
-    tables = [("", result.rows, result.stderr), *(
-        (f"\n{title}:\n\n", rows, result.more_stderr.get(title, {})) for title, rows in result.more.items())]
-    for title, rows, errors in tables:
-        lines = [["", *rows], ["---"] * (len(rows) + 1)]
-        for i, column in enumerate(result.columns):
-            cells = [shown(row[i], _get(errors, name, i)) for name, row in rows.items()]
-            bold = [rows is result.rows and best[i] == name for name in rows]
-            lines.append([column, *(f"**{cell}**" if strong else cell for cell, strong in zip(cells, bold))])
-        text += title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return text
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], turned: bool) -> str:
+    """Lines of Markdown; of a turned table its columns."""
+    lines = [["", *columns], *rows]
+    lines = [list(line) for line in zip(*lines)] if turned else lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
 def _best(result: Result) -> List[Optional[str]]:

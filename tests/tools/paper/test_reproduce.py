@@ -8,6 +8,7 @@ import math
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from paper.context import Lab, address_of
 from paper.experiments import TABLES, select
 from paper.report import Result, markdown, paper_table, read_results, save_result, write_report
 from paper.run_all import lacking
+from paper.tables import table1
 from paper.tables.ablations import first_below, fixed_variance
 from paper.tables.empirical_fields import cifar10_images, empirical
 from paper.tables.fid_cells import pooled, pooled_moments
@@ -99,6 +101,16 @@ def test_table_1_end_to_end(lab):
     for name in ("art_rl", "art_rl_once"):
         assert result.more["Noise-free error"][name] == pytest.approx(direct, abs=0.02)
     assert all((lab.out / name).stat().st_size > 10_000 for name, _ in result.figures)
+
+
+def test_noise_goes_where_the_network_is(monkeypatch):
+    """A GPU's network gets its noise there, and the end points come back; here the device is one without numbers."""
+    seen = []
+    monkeypatch.setattr(table1, "sample", lambda denoiser, noise, *args, **more: seen.append(noise.device) or
+                        torch.zeros(noise.shape, dtype=torch.float64))
+    table1._block(SimpleNamespace(device=torch.device("meta")), limit(2, 3.0), 10, 0, 0)
+    table1._block(one_dimensional(), limit(2, 3.0), 10, 0, 0)
+    assert [device.type for device in seen] == ["meta", "cpu"]
 
 
 def test_training_steps_have_every_time_of_the_grid():

@@ -148,9 +148,9 @@ def test_the_learned_grid_ends_nearer_than_edms_on_ddpmpp(done, solver):
     network, fine = lab.network(CIFAR), Fine(64)
     learned, rule = lab.run(network).grid(5), hand_made(network.denoiser, 5)["edm"]
     ours, theirs = (endpoint(network, grid, solver, fine, lab) for grid in (learned, rule))
-    assert ours.error + 2 * ours.stderr < theirs.error - 2 * theirs.stderr
+    assert ours.rms + 2 * ours.rms_stderr < theirs.rms - 2 * theirs.rms_stderr
     exact = edm(100, 0.002, 80)
-    assert endpoint(network, exact, "heun", fine, lab).error < 1e-6 < ours.error  # the yardstick itself
+    assert endpoint(network, exact, "heun", fine, lab).rms < 1e-6 < ours.rms  # the yardstick itself
 
 
 @pytest.mark.parametrize("name, network", [
@@ -220,7 +220,7 @@ def test_without_the_package_that_decodes_one_line_says_so(networks, tmp_path, m
 
 
 DRIVER = """
-import importlib.util, json, os, sys
+import json, os, sys
 from dataclasses import replace
 from paper import context as laboratory, experiments as recipes, kept_runs as learned
 from art_edm.learning.config import PRESETS
@@ -236,10 +236,8 @@ def counted(denoiser, *args, **kwargs):
         file.write(f"{denoiser.evaluations - before}\\n")
     return result
 learned.train = counted
-spec = importlib.util.spec_from_file_location("reproduce", sys.argv.pop(1))
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
-tool.main(sys.argv[1:])
+import reproduce
+reproduce.main(sys.argv[1:])
 """
 
 
@@ -248,7 +246,7 @@ def test_torchrun_gives_the_figures_of_one_process(done, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(tmp_path / "driver.py"), json.dumps(SHORT), str(NUM), str(tmp_path / "share"),
-               str(ROOT / "tools" / "reproduce.py"), "table2", "table7", f"--networks={lab.networks}",
+               "table2", "table7", f"--networks={lab.networks}",
                f"--out={tmp_path / 'out'}", f"--cache={tmp_path / 'cells'}", "--device=cpu", "--batch=5"]
     places = [lab.networks.parent / "python", ROOT, ROOT / "tools", os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(map(str, places)).rstrip(os.pathsep)

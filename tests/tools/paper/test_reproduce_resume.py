@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 # The tool on small experiments. It kills itself at the given call of the given function in the given experiment, and
 # writes down every finished piece of work: entries, images, iterations of training.
 DRIVER = """
-import importlib.util, os, signal, sys
+import os, signal, sys
 from dataclasses import replace
 from art_edm.compare import sample_cache as experiment
 from art_edm.learning import training
@@ -72,10 +72,8 @@ watched(experiment, "_images", "images", lambda denoiser, samples, indices, work
     f"{now[-1]} {samples.solver} {samples.grid.values.tolist()} {samples.first} {samples.num} {indices}"))
 watched(training._Run, "_iterate", "iteration", lambda run, *rest: (
     f"{run.settings['network']} {run.config} {run.state.iteration}"))
-spec = importlib.util.spec_from_file_location("reproduce", sys.argv.pop(1))
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
-tool.main(sys.argv[1:])
+import reproduce
+reproduce.main(sys.argv[1:])
 """
 NAMES = ("table1", "table4", "ablation-clock")
 
@@ -84,7 +82,7 @@ def reproduce(folder, where="", place="", count=0):
     """Exit status; results in folder/out, cells in folder/cells, what was done in folder/log."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-c", DRIVER, where, place, str(count), str(folder / "log"),
-               str(ROOT / "tools" / "reproduce.py"), f"--out={folder / 'out'}", f"--cache={folder / 'cells'}",
+               f"--out={folder / 'out'}", f"--cache={folder / 'cells'}",
                "--device=cpu", "--batch=2", f"--networks={folder.parent / 'networks'}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tools'}"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)

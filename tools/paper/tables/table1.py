@@ -139,7 +139,7 @@ def _measure(denoiser: Denoiser, grid: Grid, size: int, blocks: int, lab: Lab) -
 def _block(denoiser: Denoiser, grid: Grid, size: int, seed: int, block: int) -> Tuple[float, float]:
     generator = seeded_generator(seed, (1 << 29) + block)
     noise = torch.randn(size, 1, 1, 1, generator=generator, dtype=torch.float64)
-    points = sample(denoiser, noise, grid, "euler", batch=1 << 15).flatten().numpy()
+    points = sample(denoiser, noise.to(denoiser.device), grid, "euler", batch=1 << 15).flatten().cpu().numpy()
     few = min(_SET, size)
     other = torch.randn(few, generator=generator, dtype=torch.float64).numpy()
     return _w2(np.sort(points), quantile_means(size)), _w2(np.sort(points[:few]), np.sort(other))
