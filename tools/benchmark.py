@@ -43,25 +43,28 @@ def parse_sections(context: click.Context, parameter: click.Parameter, text: Opt
     return names
 
 
-@click.command(cls=Command)
-@click.option("--network", default="mnist", show_default=True, metavar="NAME|PATH|URL",
+@click.command(cls=Command, groups={
+    "What is measured": "network only compiled trust_pickle",
+    "Size": "steps share_size reference_size batch paper_iterations", "Running": "device", "Results": "out quiet",
+})
+@click.option("--network", default="mnist", metavar="NAME|PATH|URL",
               help="As for train_schedule.py, or songunet56m, adm296m, edm2xs: official sizes, random weights.")
 @click.option("--only", callback=parse_sections, metavar="NAME[,NAME...]",
               help=f"Of {', '.join(SECTIONS)}.  [default: all but layouts]")
-@click.option("--steps", default="2,3,5,7,10,18", show_default=True, callback=parse_steps, metavar="K[,K...]",
+@click.option("--steps", default="2,3,5,7,10,18", callback=parse_steps, metavar="K[,K...]",
               help="Numbers of steps that the paper's budget is counted for.")
-@click.option("--share", "share_size", default="16x24", show_default=True, callback=parse_size, metavar="MxP",
+@click.option("--share", "share_size", default="16x24", callback=parse_size, metavar="MxP",
               help="Trajectories x points of the profile that is timed beside the network.")
 @click.option("--batch", type=click.IntRange(1), default=None, metavar="N",
               help="Images per evaluation in it.  [default: 8 on a CPU, else from the free memory]")
-@click.option("--reference", "reference_size", default="256x256", show_default=True, callback=parse_size,
+@click.option("--reference", "reference_size", default="256x256", callback=parse_size,
               metavar="MxP", help="Trajectories x points of the profile that J/J* is taken on, 3 M P evaluations.")
-@click.option("--paper-iterations", type=click.IntRange(1), default=20, show_default=True, metavar="N",
+@click.option("--paper-iterations", type=click.IntRange(1), default=20, metavar="N",
               help="How many of the paper's 5,000 iterations are timed.")
 @click.option("--compile", "compiled", is_flag=True, help="Also try torch.compile in layouts; takes minutes.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
+@click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--trust-pickle", is_flag=True, help="Run the code in a pickle even if it is not known.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="benchmark.json", show_default=True,
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="benchmark.json",
               help="Where all figures go, as JSON.")
 @click.option("--quiet", is_flag=True, help="Print no table.")
 def main(

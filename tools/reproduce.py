@@ -11,7 +11,10 @@ import click
 from art_edm.runtime.cli import Command
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, groups={
+    "Data": "networks mnist cifar10 trust_pickle", "Size": "num seed", "Running": "batch device",
+    "Results": "out cache listing quiet",
+})
 @click.argument("names", nargs=-1, metavar="[TABLE|FIGURE|ablation|transfer]...")
 @click.option("--networks", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="DIR",
               help="Folder with NVIDIA's pickles, reference statistics and Inception, under their official names.")
@@ -19,14 +22,14 @@ from art_edm.runtime.cli import Command
               help="Folder with MNIST's four files.  [default: $ART_EDM_MNIST, else a download]")
 @click.option("--cifar10", type=click.Path(exists=True, path_type=Path), metavar="ARCHIVE|DIR",
               help="CIFAR-10 as JPEGs train/CLASS/NNNN.jpg, a folder or a .tar.xz, for `transfer` and the ablations.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="results", show_default=True,
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="results",
               metavar="DIR", help="Where the report goes.")
 @click.option("--num", type=click.IntRange(2), metavar="N",
-              help="Samples per cell.  [default: the experiment's own, as in the paper]")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, metavar="N",
+              help="Images, or noises, per cell.  [default: the experiment's own, as in the paper]")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, metavar="N",
               help="Seed of all randomness.")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Images at a time.")
-@click.option("--device", default="auto", show_default=True, metavar="NAME",
+@click.option("--batch", type=click.IntRange(1), default=64, metavar="N", help="Images at a time.")
+@click.option("--device", default="auto", metavar="NAME",
               help="auto, cpu or cuda; naming cpu also runs what is meant for a GPU.")
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Where finished work is kept.  [default: the user's cache]")

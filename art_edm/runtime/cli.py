@@ -12,10 +12,11 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import click
 
+from art_edm import __version__
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
 
 __all__ = ["TOOLS", "Command", "Group", "command_line", "installed", "named", "tool_command", "versions"]
@@ -44,8 +45,36 @@ def named(text: str) -> str:
     return re.sub(r"(?:python )?tools/(\w+)\.py", lambda m: f"art-edm {tool_command(m[1])}", text)
 
 
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        click.echo(f"art_edm {__version__}")
+        context.exit()
+
+
 class _OneLineErrors(click.Command):
-    """A command whose errors are one line on stderr, never a traceback."""
+    """A command whose errors are one line on stderr, never a traceback; it has --version, and its help shows defaults.
+
+    Args:
+        groups: title of a part of the help -> names of its parameters, separated by spaces; the rest comes last.
+    """
+
+    def __init__(self, *args: Any, groups: Optional[Dict[str, str]] = None, **kwargs: Any) -> None:
+        kwargs["context_settings"] = {"show_default": True, **(kwargs.get("context_settings") or {})}
+        super().__init__(*args, **kwargs)
+        self.groups = groups or {}
+        self.params.append(click.Option(["--version"], is_flag=True, expose_value=False, is_eager=True,
+                                        callback=_show_version, help="Show the version and exit."))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options by groups."""
+        records = {item.name: item.get_help_record(ctx) for item in self.get_params(ctx)
+                   if isinstance(item, click.Option)}
+        named_rows = {title: [records.pop(name) for name in names.split()] for title, names in self.groups.items()}
+        for title, rows in {**named_rows, "Other options" if self.groups else "Options": records.values()}.items():
+            with formatter.section(title):
+                formatter.write_dl([row for row in rows if row])
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """As click's own, with the errors this package raises taken as a user's."""
@@ -96,8 +125,6 @@ def versions() -> Dict[str, Any]:
     """Versions that a result may depend on, and the number of threads."""
     import numpy
     import torch
-
-    from art_edm import __version__
 
     return {
         "art_edm": __version__, "torch": torch.__version__, "numpy": numpy.__version__,
