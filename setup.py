@@ -23,8 +23,8 @@ setup(
     package_data={"art_edm": ["weights/*"], "art_edm.third_party": ["upstream.json"], "art_edm.patches": ["*.patch"],
                   "art_edm.tools.paper": ["paper.json"]},
     entry_points={"console_scripts": ["art-edm = art_edm.__main__:main"]},
-    # torch 2.3 is the first that works with numpy 2, which pip installs beside it.
-    install_requires=["torch>=2.3", "numpy", "click", "pillow", "scipy", "requests"],
+    # torch before 2.3 needs numpy<2, which pip cannot be told: the tools check the pair.
+    install_requires=["torch>=2.0", "numpy", "click", "pillow", "scipy", "requests"],
     extras_require={
         "plot": ["matplotlib"],
         "diffusers": ["diffusers>=0.30"],

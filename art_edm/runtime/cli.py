@@ -11,6 +11,8 @@ import platform
 import re
 import shlex
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -19,7 +21,9 @@ import click
 from art_edm import __version__
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
 
-__all__ = ["TOOLS", "Command", "Group", "command_line", "installed", "named", "tool_command", "versions"]
+__all__ = [
+    "TOOLS", "Command", "Group", "check_versions", "command_line", "installed", "named", "tool_command", "versions",
+]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 TOOLS = next((folder / "tools" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "tools").is_dir()),
@@ -98,6 +102,11 @@ class _OneLineErrors(click.Command):
             sys.exit(result if isinstance(result, int) else 0)
         return result
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's own, once it is known that torch can be used."""
+        check_versions()
+        return super().invoke(ctx)
+
     def get_help(self, ctx: click.Context) -> str:
         """As click's own, with the scripts named as they are here."""
         return named(super().get_help(ctx))
@@ -111,6 +120,15 @@ class Group(_OneLineErrors, click.Group):
     """For `@click.group(cls=Group)`."""
 
     command_class = Command
+
+
+def check_versions() -> None:
+    """Raise a ValueError if numpy is newer than torch can use: torch has known numpy 2 since 2.3."""
+    with suppress(PackageNotFoundError):  # installed without a record: torch itself will tell
+        torch, numpy = version("torch"), version("numpy")
+        if tuple(map(int, re.findall(r"\d+", torch)[:2])) < (2, 3) and not numpy.startswith(("0.", "1.")):
+            raise ValueError(f"found torch {torch} with numpy {numpy}, expected a numpy before 2 with a torch before "
+                             "2.3: pip install 'numpy<2'")
 
 
 def command_line() -> str:
