@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = ["runtime", "pickles grids", "models", "sampling metrics", "measure compare", "learning refining",
           "upstream schedule", "tools __main__"]
 FLOOR = {folder: number for number, names in enumerate(FLOORS) for folder in names.split()}
-PACKAGES = {"torch", "numpy", "click", "PIL", "scipy", "requests", "urllib3", "art_edm", "paper", "cost", "mnist"}
+PACKAGES = {"torch", "numpy", "click", "PIL", "scipy", "requests", "urllib3", "art_edm", "paper", "cost", "networks"}
 PENDING = {("pieces", "models"), ("refine_all", "learning")}  # arrows that the redesign has still to turn
 # Python's own modules; sys.stdlib_module_names is not there before Python 3.10.
 STANDARD = {module.name for place in ("", "lib-dynload")

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from art_edm.models.lenet import LeNet
-from art_edm.models.loading import bundled, load_lenet
+from art_edm.models.loading import bundled, load_classifier
 from art_edm.runtime.download import download, is_url
 from art_edm.runtime.files import sha256_of
 
@@ -139,7 +139,7 @@ def load_detector(
             size = f"{shape[2]}x{shape[1]} with {shape[0]} channel(s)"
             raise DetectorError(f"found images of {size}, expected grey 28x28 for LeNet; choose another --detector")
         path = _verified(bundled("lenet.pt"), sha256)
-        return LeNetDetector(load_lenet(path).to(device), sha256_of(path))
+        return LeNetDetector(load_classifier(LeNet, path).to(device), sha256_of(path))
     if spec == "inception":
         spec, sha256 = INCEPTION_URL, sha256 or INCEPTION_SHA256
     pickled = spec.split("?")[0].lower().endswith(".pkl")

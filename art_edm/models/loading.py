@@ -17,6 +17,7 @@ from art_edm.models.analytic import GaussianDenoiser, one_dimensional
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.lenet import LeNet
 from art_edm.models.nvlabs import NetworkDenoiser
+from art_edm.models.resnet import ResNet
 from art_edm.models.unet import ScoreUNet
 from art_edm.pickles.archives import load_tensors
 from art_edm.pickles.network import load_network_pickle
@@ -24,9 +25,10 @@ from art_edm.pickles.records import PickleError
 from art_edm.runtime.download import download, is_url
 from art_edm.runtime.files import save_tensors, sha256_of
 
-__all__ = ["NetworkError", "Network", "bundled", "load_lenet", "load_network", "save_lenet", "save_network"]
+__all__ = ["NetworkError", "Network", "bundled", "load_classifier", "load_network", "save_classifier",
+           "save_network"]
 
-FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1"}
+FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1", ResNet: "art_edm.resnet/1"}
 LARGEST_SIZE = 1024  # of a width or resolution of our own networks; memory is taken by these before weights are read
 EXPECTED = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
 SNAPSHOT = "of upstream's files give network-snapshot-*.pkl, not a training state"
@@ -132,10 +134,10 @@ def _pickled(
     return Network(denoiser, Path(urlsplit(spec).path if is_url(spec) else spec).stem, sha256_of(path), details)
 
 
-def load_lenet(path: Optional[Path] = None) -> LeNet:
-    """The bundled LeNet, or one from a weight file."""
-    path = path or bundled("lenet.pt")
-    return _fill(LeNet, _read(path, LeNet), path)
+def load_classifier(kind: type, path: Optional[Path] = None) -> torch.nn.Module:
+    """The bundled classifier of `kind` (LeNet or ResNet), or one from a weight file."""
+    path = path or bundled(f"{kind.__name__.lower()}.pt")
+    return _fill(kind, _read(path, kind), path)
 
 
 def _gaussian(spec: str) -> GaussianDenoiser:
@@ -158,11 +160,11 @@ def _read(path: Path, kind: type) -> dict:
     except PickleError as error:
         reason = "is truncated or not a weight file of art_edm" if path.stat().st_size else "is empty"
         detail = str(error).replace(f"{path}: ", "", 1)
-        expected = f"expected a weight file written by train_mnist.py; {SNAPSHOT}"
+        expected = f"expected a weight file written by train_mnist.py or train_cifar10.py; {SNAPSHOT}"
         raise NetworkError(f"{path} {reason} ({detail}); {expected}") from None
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != FORMATS[kind]:
-        expected = f"{FORMATS[kind]!r} as train_mnist.py writes it; {SNAPSHOT}"
+        expected = f"{FORMATS[kind]!r} as train_mnist.py or train_cifar10.py writes it; {SNAPSHOT}"
         raise NetworkError(f"{path} holds {found!r}, expected {expected}")
     return content
 
@@ -177,13 +179,13 @@ def _fill(kind: type, content: dict, path: Path) -> torch.nn.Module:
         net.load_state_dict(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[0]
-        message = f"{path} does not fit {kind.__name__}: {first}; train it again with train_mnist.py"
+        message = f"{path} does not fit {kind.__name__}: {first}; train it again"
         raise NetworkError(message) from None
     return net.eval().requires_grad_(False)
 
 
 def _save(path: Path, net: torch.nn.Module, config: dict) -> None:
-    state = {key: value.half() for key, value in net.state_dict().items()}
+    state = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     content = {"format": FORMATS[type(net)], "config": config, "state": state}
     save_tensors(path, content)
 
@@ -193,6 +195,6 @@ def save_network(path: Path, net: ScoreUNet) -> None:
     _save(path, net, net.config)
 
 
-def save_lenet(path: Path, net: LeNet) -> None:
-    """Write LeNet in half precision."""
+def save_classifier(path: Path, net: torch.nn.Module) -> None:
+    """Write a classifier in half precision."""
     _save(path, net, {})

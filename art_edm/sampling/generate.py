@@ -64,11 +64,11 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def sample_sheet(images: torch.Tensor, path: PathLike) -> None:
-    """Write images [N, 1, H, W] as one PNG, row by row in a square, atomically."""
-    pixels = to_pixels(images).numpy()
-    side = math.ceil(math.sqrt(len(pixels)))
-    _, height, width = pixels.shape
-    sheet = np.zeros((side, side, height, width), np.uint8)
-    sheet.reshape(-1, height, width)[: len(pixels)] = pixels
-    picture = Image.fromarray(sheet.transpose(0, 2, 1, 3).reshape(side * height, side * width))
+    """Write images [N, C, H, W], grey or of three colours, as one PNG, row by row in a square, atomically."""
+    num, channels, height, width = images.shape
+    side = math.ceil(math.sqrt(num))
+    sheet = np.zeros((side * side, height, width, channels), np.uint8)
+    sheet[:num] = to_pixels(images).reshape(images.shape).permute(0, 2, 3, 1).numpy()
+    rows = sheet.reshape(side, side, height, width, channels).swapaxes(1, 2)
+    picture = Image.fromarray(rows.reshape(side * height, side * width, channels).squeeze(2 if channels == 1 else ()))
     atomic_write(path, lambda file: picture.save(file, format="png"))

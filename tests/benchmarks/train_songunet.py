@@ -15,7 +15,7 @@ from typing import Any, Dict, Tuple
 
 import click
 import torch
-from mnist.train_networks import score_loss, stratified_sigma
+from networks.score import score_loss, stratified_sigma
 
 from art_edm.metrics.mnist import load_mnist, to_images
 from art_edm.runtime.cli import Command

@@ -11,7 +11,8 @@ import torch
 
 from art_edm.metrics import detectors
 from art_edm.metrics.detectors import DetectorError, load_detector
-from art_edm.models.loading import load_lenet
+from art_edm.models.lenet import LeNet
+from art_edm.models.loading import load_classifier
 from art_edm.runtime.download import DownloadRefused
 from tests.support.loopback import Loopback, whole
 
@@ -191,7 +192,7 @@ def test_pickles_that_cannot_be_read(tmp_path):
 def test_lenet_features_are_those_of_the_bundled_network():
     detector = load_detector("lenet", (1, 28, 28), CPU, scores=True)
     x = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    net, scaled = load_lenet(), x.float() / 127.5 - 1
+    net, scaled = load_classifier(LeNet), x.float() / 127.5 - 1
     assert torch.equal(detector.features(x), net.features(scaled)) and detector.features(x).shape == (5, detector.dim)
     torch.testing.assert_close(detector.probabilities(x), net(scaled).exp() / net(scaled).exp().sum(1, keepdim=True))
     assert (detector.features(x) - net.features(x.float() / 255)).abs().max() > 1e-2  # another scale

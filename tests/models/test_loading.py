@@ -12,7 +12,8 @@ import torch
 from art_edm.models import loading
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.lenet import LeNet
-from art_edm.models.loading import NetworkError, load_lenet, load_network, save_lenet, save_network
+from art_edm.models.loading import NetworkError, load_classifier, load_network, save_classifier, save_network
+from art_edm.models.resnet import ResNet
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.files import sha256_of
 
@@ -114,14 +115,19 @@ def test_what_is_read_denoises_as_what_was_written(path):
     assert not torch.allclose(read(x, sigma), other(x, sigma), atol=1e-3)  # the configuration matters too
 
 
-def test_lenet_round_trip(tmp_path):
+@pytest.mark.parametrize("kind, shape", [(LeNet, (1, 28, 28)), (ResNet, (3, 32, 32))])
+def test_classifier_round_trip(tmp_path, kind, shape):
     torch.manual_seed(0)
-    net = LeNet()
-    save_lenet(tmp_path / "lenet.pt", net)
-    read = load_lenet(tmp_path / "lenet.pt")
+    net, images, path = kind(), torch.randn(4, *shape), tmp_path / "a.pt"
+    net(images)  # moves the running means of a ResNet
+    save_classifier(path, net.eval())
+    read = load_classifier(kind, path)
     assert all(torch.equal(a, b.half().float()) for a, b in zip(read.parameters(), net.parameters()))
-    with pytest.raises(NetworkError, match="holds 'art_edm.lenet/1', expected 'art_edm.score/1'"):
-        load_network(str(tmp_path / "lenet.pt"))
+    difference = (read(images) - net(images)).abs().max()
+    assert 0 < difference < 1e-2 < (kind().eval()(images) - net(images)).abs().max()
+    assert net.features(images).shape == (4, kind().num_features)
+    with pytest.raises(NetworkError, match=f"holds 'art_edm.{kind.__name__.lower()}/1', expected 'art_edm.score/1'"):
+        load_network(str(path))
 
 
 # --- foreign files -----------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from mnist.judge import lenet_features
+from networks.judge import features_of
 from PIL import Image
 
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.image_folders import open_images
 from art_edm.metrics.mnist import load_mnist, to_images
-from art_edm.models.loading import load_lenet
+from art_edm.models.lenet import LeNet
+from art_edm.models.loading import load_classifier
 from tests.support.fid_standin import ROOT, StandIn, save_pickle
 
 DIM, SIZE = 16, 6
@@ -132,13 +133,13 @@ def test_a_set_against_itself(work):
 
 
 def test_the_lenet_fid_of_mnist(tmp_path, mnist_folder):
-    lenet, exact = load_lenet(), []
+    lenet, exact = load_classifier(LeNet), []
     for split, num in (("train", 2500), ("test", 2100)):
         pixels = load_mnist(split, mnist_folder)[0][:num]
         (tmp_path / split).mkdir()
         for i, digit in enumerate(pixels.numpy()):
             Image.fromarray(digit).save(tmp_path / split / f"{i:05d}.png")
-        exact += moments(lenet_features(lenet, to_images(pixels)))
+        exact += moments(features_of(lenet, to_images(pixels)))
     assert run(tmp_path, "ref", "--data=train", "--dest=r.npz", detector="--detector=lenet").exit_code == 0
     result = run(tmp_path, "calc", "--images=test", "--ref=r.npz", "--num=2100", "--out=o.json", "--detector=lenet")
     assert result.exit_code == 0 and result.stderr == ""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mnist.judge import lenet_features
+from networks.judge import features_of
 from PIL import Image
 
 from art_edm.compare.sample_cache import Samples
@@ -23,7 +23,8 @@ from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.mnist import load_mnist, to_images
 from art_edm.metrics.references import save_reference
 from art_edm.models.analytic import GaussianDenoiser
-from art_edm.models.loading import load_lenet, load_network
+from art_edm.models.lenet import LeNet
+from art_edm.models.loading import load_classifier, load_network
 from art_edm.sampling.generate import generate, to_pixels
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "fid.py"
@@ -234,10 +235,10 @@ def test_lenet_fid_of_the_bundled_network(run, mnist_folder):
                  f"--data={mnist_folder}", "--detector=lenet", "--cache=cells", "--out=t.json", "--device=cpu")
     assert result.exit_code == 0, result.stderr
     rows = json.loads(Path("t.json").read_text())["rows"]
-    lenet = load_lenet()
-    reference = moments(lenet_features(lenet, to_images(load_mnist("test", mnist_folder)[0])))
+    lenet = load_classifier(LeNet)
+    reference = moments(features_of(lenet, to_images(load_mnist("test", mnist_folder)[0])))
     images = generate(load_network("mnist").denoiser, edm(5, 0.002, 80), "heun", 80)
-    values = lenet_features(lenet, to_images(to_pixels(images)))
+    values = features_of(lenet, to_images(to_pixels(images)))
     assert rows[0]["fid"] == pytest.approx(frechet_distance(*moments(values), *reference), rel=1e-3)
     assert rows[0]["fid_stderr_from"] == "jackknife of 20 groups" and rows[0]["fid_stderr"] > 0
     assert rows[1]["difference"] == pytest.approx(rows[1]["fid"] - rows[0]["fid"])

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,17 @@ import pytest
 import torch
 import train_mnist as tool
 from click.testing import CliRunner
-from mnist import judge as evaluation
-from mnist.judge import accuracy, lenet_features, lenet_fid
+from networks import command as training
+from networks import judge as evaluation
+from networks.judge import accuracy, features_of, fid_of
 from PIL import Image
 
 from art_edm.grids.grid import edm
 from art_edm.metrics import mnist
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.mnist import load_mnist, to_images
-from art_edm.models.loading import load_lenet, load_network
+from art_edm.models.lenet import LeNet
+from art_edm.models.loading import load_classifier, load_network
 from art_edm.runtime.files import sha256_of
 from art_edm.sampling.generate import generate
 
@@ -60,9 +63,10 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mnist, "FILES", write_data(folder))
-        patch.setattr(tool, "SHEET_STEPS", 2)
-        patch.setattr(tool, "SNAPSHOT_STEPS", 2)
-        patch.setattr(tool, "LENET_EPOCHS", 20)
+        patch.setattr(training, "SHEET_STEPS", 2)
+        patch.setattr(training, "SNAPSHOT_STEPS", 2)
+        small = replace(tool.MNIST, judge_config=replace(tool.MNIST.judge_config, iterations=40))
+        patch.setattr(tool, "main", training.training_command(small, tool.HELP))
         yield folder
 
 
@@ -127,7 +131,7 @@ def test_start_is_checked_before_any_work(data, done, tmp_path):
 def test_files(done):
     result, out = done
     names = sorted(p.name for p in out.iterdir())
-    assert names == sorted([*RESULTS, "score.ckpt", "ema_000002.pt", "ema_000004.pt", "floors"])
+    assert names == sorted([*RESULTS, "score.ckpt", "judge.ckpt", "ema_000002.pt", "ema_000004.pt", "floors"])
     assert len(list((out / "floors").iterdir())) == 3  # the floor and two snapshots
     with Image.open(out / "mnist.png") as picture:
         assert (picture.format, picture.mode, picture.size) == ("PNG", "L", (280, 280))
@@ -149,20 +153,20 @@ def test_card_says_what_was_done(card, done):
 
 def test_card_figures_are_those_of_the_files(card, done, data):
     out = done[1]
-    lenet, net = load_lenet(out / "lenet.pt"), load_network(str(out / "mnist.pt")).denoiser
+    lenet, net = load_classifier(LeNet, out / "lenet.pt"), load_network(str(out / "mnist.pt")).denoiser
     train, test = (to_images(load_mnist(split, str(data))[0]) for split in ("train", "test"))
     assert card["parameters"] == sum(p.numel() for p in net.parameters())
     assert card["sigma_data"] == pytest.approx(float(train.double().std()), rel=1e-5)
     assert card["data_mean"] == pytest.approx(float(train.double().mean()), rel=1e-5)
     assert card["lenet_accuracy"] == accuracy(lenet, test, load_mnist("test", str(data))[1]) > 0.8
-    reference = moments(lenet_features(lenet, train))
-    yardstick = frechet_distance(*moments(lenet_features(lenet, test)), *reference)
+    reference = moments(features_of(lenet, train))
+    yardstick = frechet_distance(*moments(features_of(lenet, test)), *reference)
     assert card["lenet_fid_test_vs_train"] == pytest.approx(yardstick, rel=1e-5)
     assert card["lenet_fid_test_vs_train"] < 0.5 * card["lenet_fid_floor"]["fid"]  # four steps teach no digits
     samples = generate(net, edm(2, 0.002, 80), "heun", 40)
     floor = card["lenet_fid_floor"]
-    assert floor["fid"] == pytest.approx(lenet_fid(lenet, samples, reference), rel=1e-4)
-    other = lenet_fid(lenet, generate(net, edm(2, 0.002, 80), "heun", 40, seed=1), reference)
+    assert floor["fid"] == pytest.approx(fid_of(lenet, samples, reference), rel=1e-4)
+    other = fid_of(lenet, generate(net, edm(2, 0.002, 80), "heun", 40, seed=1), reference)
     assert abs(other / floor["fid"] - 1) > 1e-3  # the twin: other samples
     assert (floor["samples"], floor["solver"], floor["nfe"]) == (40, "heun", 3) and 0 < floor["stderr"] < floor["fid"]
     assert floor["grid"] == {"rule": "edm", "num_steps": 2, "sigma_min": 0.002, "sigma_max": 80, "rho": 7}
@@ -181,7 +185,7 @@ def test_floor_over_training(card):
 
 def test_resume_repeats_nothing_expensive(copy, card, data, monkeypatch):
     monkeypatch.setattr(evaluation, "generate", None)  # sampling for a FID would fail
-    monkeypatch.setattr(tool, "train_lenet", None)
+    monkeypatch.setattr(training, "train_classifier", None)
     result = run(data, copy, "--resume")
     assert result.exit_code == 0, result.output
     assert json.loads((copy / "mnist.json").read_text()) == card
@@ -219,7 +223,7 @@ def test_a_full_disk(copy, data, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tool, "write_json", full)
+    monkeypatch.setattr(training, "write_json", full)
     result = run(data, copy, "--resume")
     assert result.exit_code == 1 and result.output.count("\n") == 1
     assert "No space left on device; remove the cause, then continue with: " in result.output
@@ -248,7 +252,7 @@ def test_options_that_cannot_be_used(data, tmp_path, option, parts):
 
 
 def test_data_that_cannot_be_used(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(tool, "run", None)  # it must not get that far
+    monkeypatch.setattr(training, "_work", None)  # it must not get that far
     assert_refused(run(tmp_path / "nowhere", tmp_path / "out"), "nowhere has no train-images-idx3-ubyte.gz")
     bad = shutil.copytree(data, tmp_path / "bad")
     (bad / "t10k-labels-idx1-ubyte.gz").write_bytes(b"text")
@@ -263,7 +267,7 @@ def test_a_place_that_cannot_be_written(tmp_path, data):
 
 
 def test_other_settings_are_refused_before_any_work(copy, data, monkeypatch):
-    monkeypatch.setattr(tool, "run", None)
+    monkeypatch.setattr(training, "_work", None)
     assert_refused(run(data, copy, "--resume", "--seed=1"), "was trained with seed=0, not 1")
     (copy / "score.ckpt").write_bytes(b"")
     assert_refused(run(data, copy, "--resume"), "score.ckpt is damaged", "remove it to start again")
@@ -274,9 +278,9 @@ def test_other_settings_are_refused_before_any_work(copy, data, monkeypatch):
 
 @pytest.mark.parametrize("snapshots, steps", [(0, 250), (2500, 250), (100, 100), (750, 250), (300, 150), (7, 7)])
 def test_checkpoints_fall_on_snapshots(snapshots, steps):
-    assert tool.save_every(snapshots) == steps and snapshots % steps == 0
+    assert training.save_every(snapshots) == steps and snapshots % steps == 0
 
 
 def test_coarse_losses():
-    assert tool.coarse([1.0, 3.0]) == [1, 3]
-    assert tool.coarse(list(range(80)))[:2] == [1.5, 5.5] and len(tool.coarse(list(range(80)))) == 20
+    assert training.coarse([1.0, 3.0]) == [1, 3]
+    assert training.coarse(list(range(80)))[:2] == [1.5, 5.5] and len(training.coarse(list(range(80)))) == 20

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from mnist import judge as evaluation
-from mnist.judge import accuracy, fid_with_error, lenet_features, lenet_fid, measured_features
+from networks import judge as evaluation
+from networks.judge import accuracy, features_of, fid_of, fid_with_error, measured_features
 from PIL import Image
 
 from art_edm.grids.grid import edm
@@ -39,7 +39,7 @@ def lenet():
 @pytest.fixture(scope="module")
 def reference(lenet):
     images = to_images(torch.randint(0, 256, (300, 28, 28), generator=seeded_generator(0, 0)).to(torch.uint8))
-    return moments(lenet_features(lenet, images))
+    return moments(features_of(lenet, images))
 
 
 def small_net():
@@ -149,7 +149,7 @@ def test_pixels_round_and_clip():
 
 def test_features_are_the_input_of_the_last_layer(lenet):
     images = torch.randn(5, 1, 28, 28, generator=seeded_generator(0, 1))
-    features = lenet_features(lenet, images, batch=2)
+    features = features_of(lenet, images, batch=2)
     assert features.shape == (5, 84)
     assert np.allclose(features @ lenet.fc2.weight.detach().numpy().T + lenet.fc2.bias.detach().numpy(),
                        lenet(images).detach().numpy(), atol=1e-5)
@@ -163,12 +163,12 @@ def test_accuracy_counts(lenet):
     assert accuracy(lenet, images, labels, batch=3) == 0.75
 
 
-def test_lenet_fid_sees_pixels_not_raw_samples(lenet, reference):
+def test_fid_sees_pixels_not_raw_samples(lenet, reference):
     samples = 3 * torch.randn(50, 1, 28, 28, generator=seeded_generator(0, 3))  # far outside of [-1, 1]
     clipped = to_images(to_pixels(samples))
-    expected = frechet_distance(*moments(lenet_features(lenet, clipped)), *reference)
-    assert lenet_fid(lenet, samples, reference) == expected
-    raw = frechet_distance(*moments(lenet_features(lenet, samples)), *reference)
+    expected = frechet_distance(*moments(features_of(lenet, clipped)), *reference)
+    assert fid_of(lenet, samples, reference) == expected
+    raw = frechet_distance(*moments(features_of(lenet, samples)), *reference)
     assert abs(raw - expected) > 0.1 * expected
 
 
@@ -177,7 +177,7 @@ def test_lenet_fid_sees_pixels_not_raw_samples(lenet, reference):
 
 def test_features_are_kept_and_extended(lenet, tmp_path):
     store = tmp_path / "s.npz"
-    expected = lenet_features(lenet, to_images(to_pixels(generate(DIGITS, GRID, "heun", 7, seed=1))))
+    expected = features_of(lenet, to_images(to_pixels(generate(DIGITS, GRID, "heun", 7, seed=1))))
     features, seconds = measured_features(lenet, DIGITS, GRID, "heun", 5, 1, store, batch=2)
     assert np.allclose(features, expected[:5], atol=1e-5) and seconds > 0
     before = DIGITS.evaluations
@@ -321,4 +321,9 @@ def test_sample_sheet(tmp_path):
     for i in range(5):
         row, column = divmod(i, 3)
         assert sheet[2 * row, 3 * column + 1] == int(i / 5 * 127.5 + 128)
+    colours = torch.rand(2, 3, 2, 3, generator=seeded_generator(0, 4)) * 2 - 1
+    sample_sheet(colours, tmp_path / "s.png")
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.mode == "RGB"
+        assert np.array_equal(np.asarray(picture)[:2, 3:], to_pixels(colours)[1].permute(1, 2, 0).numpy())
     assert (sheet > 0).sum() == 5 and [p.name for p in tmp_path.iterdir()] == ["s.png"]

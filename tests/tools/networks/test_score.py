@@ -1,8 +1,7 @@
-"""Training of the score network and LeNet: the loss, its minimiser, and resuming to the same bytes."""
+"""Training of the score network: the loss, its minimiser, and resuming to the same bytes."""
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -12,17 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mnist import train_networks as pretrain
-from mnist.train_networks import (
-    ScoreConfig,
-    read_checkpoint,
-    read_snapshot,
-    score_loss,
-    snapshot_path,
-    stratified_sigma,
-    train_lenet,
-    train_score,
-)
+from networks import score as pretrain
+from networks.loop import Run, read_checkpoint
+from networks.score import ScoreConfig, read_snapshot, score_loss, snapshot_path, stratified_sigma, train_score
 
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.errors import Stopped
@@ -109,11 +100,11 @@ def flat_images(count, rng):
 
 def test_training_approaches_the_closed_form(tmp_path, monkeypatch):
     """For flat images D(x; sigma) = mean(x) s^2 / (s^2 + sigma^2 / 16): averaging all pixels, not each for itself."""
-    small = dict(width=16, deep_width=12, emb=16)
-    monkeypatch.setattr(pretrain, "ScoreUNet", lambda **build: ScoreUNet(**build, **small))
+    monkeypatch.setattr(pretrain, "ScoreUNet", lambda **build: ScoreUNet(**build, emb=16))
     rng = torch.Generator().manual_seed(0)
-    config = ScoreConfig(iterations=200, batch=32, warmup=20, learning_rate=1e-2, bfloat16=False)
-    trained = train_score(flat_images(500, rng), config, tmp_path / "a.ckpt", resume=False, quiet=True)
+    config = ScoreConfig(iterations=200, batch=32, warmup=20, learning_rate=1e-2, bfloat16=False, width=16,
+                         deep_width=12)
+    trained = train_score(flat_images(500, rng), config, Run(tmp_path / "a.ckpt"))
     y, sigma = flat_images(200, rng), torch.full((200,), 0.5)
     x = y + 0.5 * torch.randn(y.shape, generator=rng)
     exact = x.mean(dim=(1, 2, 3), keepdim=True) * 0.5**2 / (0.5**2 + 0.5**2 / 16)
@@ -130,7 +121,7 @@ def test_training_approaches_the_closed_form(tmp_path, monkeypatch):
 def whole(tmp_path_factory):
     """An uninterrupted run."""
     path = tmp_path_factory.mktemp("whole") / "score.ckpt"
-    return train_score(images(), TINY, path, resume=False, quiet=True, save_every=3, snapshot_every=3), path
+    return train_score(images(), TINY, Run(path, save_every=3), snapshot_every=3), path
 
 
 def stop_at(monkeypatch, iteration, number=signal.SIGTERM):
@@ -150,9 +141,9 @@ def test_a_resumed_run_is_bit_identical(whole, tmp_path, monkeypatch, iteration)
     path = tmp_path / "score.ckpt"
     stop_at(monkeypatch, iteration)
     with pytest.raises(Stopped, match=rf"stopped after {iteration + 1} of 8 iterations; saved in .*score\.ckpt"):
-        train_score(images(), TINY, path, resume=False, quiet=True, save_every=3, snapshot_every=3)
+        train_score(images(), TINY, Run(path, save_every=3), snapshot_every=3)
     monkeypatch.undo()
-    resumed = train_score(images(), TINY, path, resume=True, quiet=True, save_every=3, snapshot_every=3)
+    resumed = train_score(images(), TINY, Run(path, resume=True, save_every=3), snapshot_every=3)
     assert same(resumed["ema"], whole[0]["ema"]) and resumed["losses"] == whole[0]["losses"]
     states = [torch.load(p, weights_only=True) for p in (path, whole[1])]
     for part in ("net", "ema"):
@@ -166,24 +157,24 @@ def test_a_run_that_forgets_its_optimizer_differs(whole, tmp_path, monkeypatch):
     path = tmp_path / "score.ckpt"
     stop_at(monkeypatch, 5)
     with pytest.raises(Stopped):
-        train_score(images(), TINY, path, resume=False, quiet=True)
+        train_score(images(), TINY, Run(path))
     monkeypatch.undo()
     state = torch.load(path, weights_only=True)
     state["optimizer"]["state"] = {}
     torch.save(state, path)
-    assert not same(train_score(images(), TINY, path, resume=True, quiet=True)["ema"], whole[0]["ema"])
+    assert not same(train_score(images(), TINY, Run(path, resume=True))["ema"], whole[0]["ema"])
 
 
 def test_a_finished_run_is_not_repeated(whole, monkeypatch):
     monkeypatch.setattr(pretrain, "_step", None)  # a step would fail
-    again = train_score(images(), TINY, whole[1], resume=True, quiet=True)
+    again = train_score(images(), TINY, Run(whole[1], resume=True))
     assert same(again["ema"], whole[0]["ema"]) and again["losses"] == whole[0]["losses"]
     assert again["seconds"] == whole[0]["seconds"] > 0
 
 
 def test_losses_are_means_of_their_stretches(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "_step", lambda *args: float(args[-1]))
-    losses = train_score(images(), TINY, tmp_path / "a", resume=False, quiet=True, save_every=3)["losses"]
+    losses = train_score(images(), TINY, Run(tmp_path / "a", save_every=3))["losses"]
     assert losses == [1.0, 4.0, 6.5]  # of 0 1 2, 3 4 5 and 6 7
 
 
@@ -196,6 +187,41 @@ def test_the_seed_counts():
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         steps.append(pretrain._step(net, ema, optimizer, images(), config, 0))
     assert steps[0] != steps[1]
+
+
+OPEN = ScoreConfig(iterations=5, batch=4, warmup=3, rate_steps=2, flips=True)
+
+
+def test_a_training_without_an_end_goes_on_to_more_iterations(tmp_path):
+    longer = ScoreConfig(**{**vars(OPEN), "iterations": 8})
+    whole = train_score(images(), longer, Run(tmp_path / "whole", save_every=3))
+    train_score(images(), OPEN, Run(tmp_path / "part", save_every=3))
+    resumed = train_score(images(), longer, Run(tmp_path / "part", resume=True, save_every=3))
+    assert same(resumed["ema"], whole["ema"]) and len(resumed["losses"]) == 4  # 1-3, 4-5, 6, 7-8
+    with pytest.raises(ValueError, match="iterations=8, not 7"):
+        train_score(images(), ScoreConfig(**{**vars(OPEN), "iterations": 7}), Run(tmp_path / "part", resume=True))
+    linear = ScoreConfig(**{**vars(OPEN), "rate_steps": 0})  # the twin: there every step depends on the last
+    assert not linear.open_ended and pretrain._learning_rate(linear, 3) == pytest.approx(2e-3 * (1 - 3 / 5))
+    rates = [pretrain._learning_rate(OPEN, it) / 2e-3 for it in range(8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *((2 / t) ** 0.5 for t in range(3, 9))])
+
+
+def test_pixels_are_trained_on_as_the_images_they_stand_for(tmp_path):
+    pixels = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    nets = [train_score(data, TINY, Run(tmp_path / "a"))["ema"] for data in (pixels, pixels.float() / 127.5 - 1)]
+    assert same(*nets) and not same(nets[0], train_score(255 - pixels, TINY, Run(tmp_path / "a"))["ema"])
+
+
+def test_half_of_the_images_are_mirrored(monkeypatch):
+    """Of images that rise from left to right, half of those shown fall."""
+    seen, config = [], ScoreConfig(batch=200, flips=True, bfloat16=False)
+    rising = torch.linspace(-1, 1, 8).expand(20, 1, 8, 8)
+    monkeypatch.setattr(pretrain, "score_loss", lambda net, y, *rest: seen.append(y) or net(y, torch.ones(200)).sum())
+    for flips in (config, ScoreConfig(batch=200, bfloat16=False)):
+        net, ema = small_net(), small_net()
+        pretrain._step(net, ema, torch.optim.SGD(net.parameters(), lr=0.1), rising, flips, 0)
+    mirrored, plain = (int((y[:, 0, 0, 0] > 0).sum()) for y in seen)
+    assert 70 < mirrored < 130 and plain == 0
 
 
 def test_snapshots(whole):
@@ -243,14 +269,14 @@ def test_the_average_is_a_power_function(monkeypatch):
 def test_a_checkpoint_of_other_settings_is_refused(whole, change, text):
     config = ScoreConfig(**{**dict(iterations=8, batch=4, warmup=3), **change})
     with pytest.raises(ValueError, match=f"was trained with {text}; use that or remove the file"):
-        train_score(images(), config, whole[1], resume=True, quiet=True)
+        train_score(images(), config, Run(whole[1], resume=True))
 
 
 def test_a_checkpoint_of_other_images_is_refused(whole):
     with pytest.raises(ValueError, match="was trained on images of sigma_data=.*; use those or remove the file"):
-        train_score(images() / 2, TINY, whole[1], resume=True, quiet=True)
+        train_score(images() / 2, TINY, Run(whole[1], resume=True))
     with pytest.raises(ValueError, match="was trained on images of img_resolution=8, not 12"):
-        train_score(torch.rand(20, 1, 12, 12), TINY, whole[1], resume=True, quiet=True)
+        train_score(torch.rand(20, 1, 12, 12), TINY, Run(whole[1], resume=True))
 
 
 @pytest.mark.parametrize("share", [0, 0.05, 0.6])
@@ -277,7 +303,7 @@ def test_sigterm_then_resume_gives_the_same_bytes(whole, tmp_path):
     path = tmp_path / "score.ckpt"
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from tests.tools.mnist.test_train_networks import TINY, images, pretrain, train_score\n"
+        "from tests.tools.networks.test_score import TINY, Run, images, pretrain, train_score\n"
         "true, path = pretrain._step, Path(sys.argv[1])\n"
         "def step(*args):\n"
         "    if args[-1] == 4:\n"
@@ -286,7 +312,7 @@ def test_sigterm_then_resume_gives_the_same_bytes(whole, tmp_path):
         "            time.sleep(0.02)\n"
         "    return true(*args)\n"
         "pretrain._step = step\n"
-        "train_score(images(), TINY, path, resume=False, save_every=3)\n"
+        "train_score(images(), TINY, Run(path, save_every=3))\n"
     )
     root = Path(__file__).parents[3]
     places = os.pathsep.join([str(root), str(root / "tools"), os.environ.get("PYTHONPATH", "")])
@@ -300,36 +326,7 @@ def test_sigterm_then_resume_gives_the_same_bytes(whole, tmp_path):
     (tmp_path / "sent").touch()
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 1 and errors.strip().splitlines()[-1].endswith(
-        f"Stopped: stopped after 5 of 8 iterations; saved in {path}"
+        f"Stopped: score network stopped after 5 of 8 iterations; saved in {path}"
     )
-    resumed = train_score(images(), TINY, path, resume=True, quiet=True, save_every=3)
+    resumed = train_score(images(), TINY, Run(path, resume=True, save_every=3))
     assert same(resumed["ema"], whole[0]["ema"]) and resumed["losses"] == whole[0]["losses"]
-
-
-# --- LeNet -------------------------------------------------------------------------------------------
-
-
-def stripes(count):
-    """Two classes: horizontal and vertical stripes, under noise."""
-    rng = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 2, (count,), generator=rng)
-    wave = torch.sin(torch.arange(28) * math.pi / 3).expand(28, 28)
-    pure = torch.where(labels.reshape(-1, 1, 1).bool(), wave, wave.T)
-    return (pure + 0.3 * torch.randn(count, 28, 28, generator=rng)).unsqueeze(1), labels
-
-
-def test_lenet_learns_and_repeats():
-    pictures, labels = stripes(300)
-    nets = [train_lenet(pictures[:200], labels[:200], epochs=4, batch=20, seed=seed, quiet=True) for seed in (0, 0, 1)]
-    assert same(nets[0], nets[1]) and not same(nets[0], nets[2])
-    right = (nets[0](pictures[200:]).argmax(dim=1) == labels[200:]).float().mean()
-    assert right > 0.95
-    torch.manual_seed(0)
-    assert (pretrain.LeNet()(pictures[200:]).argmax(dim=1) == labels[200:]).float().mean() < 0.8  # untrained
-
-
-def test_lenet_stops_on_a_signal(monkeypatch):
-    pictures, labels = stripes(64)
-    monkeypatch.setattr(pretrain.Progress, "update", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped, match="stopped while training LeNet, which starts anew"):
-        train_lenet(pictures, labels, epochs=50, batch=32, quiet=True)

@@ -1,11 +1,11 @@
-"""Judging a generator of digits by the LeNet-FID of the paper's MNIST tables (section 6.4).
+"""Judging a generator by the Frechet distance of a classifier's features: LeNet-FID (section 6.4), CIFAR-FID.
 
 Symbols
 -------
-images     float [N, 1, 28, 28] in [-1, 1]
-pixels     the same images as they would be stored, uint8 [N, 28, 28]
-features   the 84 penultimate activations of LeNet, [N, 84]
-reference  mean [84] and covariance [84, 84] of the features of the 60,000 training images
+images     float [N, C, H, W] in [-1, 1]
+pixels     the same images as they would be stored, uint8 [N, C, H, W]
+features   the d penultimate activations of the classifier, [N, d]
+reference  mean [d] and covariance [d, d] of the features of the training images
 FID        Frechet distance between the moments of samples' features and the reference
 """
 
@@ -19,35 +19,35 @@ from typing import Optional, Tuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from art_edm.grids.grid import Grid
 from art_edm.metrics.frechet import Moments, frechet_distance, moments
-from art_edm.metrics.mnist import to_images
 from art_edm.models.denoiser import Denoiser
-from art_edm.models.lenet import LeNet
 from art_edm.runtime.files import atomic_write
 from art_edm.runtime.progress import GracefulStop, Progress
 from art_edm.sampling.generate import generate, to_pixels
+from networks.loop import to_unit
 
-__all__ = ["accuracy", "fid_with_error", "lenet_features", "lenet_fid", "measured_features"]
-
-
-@torch.no_grad()
-def lenet_features(lenet: LeNet, images: torch.Tensor, batch: int = 1000) -> np.ndarray:
-    """Features float32 [N, 84] of images [N, 1, 28, 28]."""
-    return torch.cat([lenet.features(part) for part in images.split(batch)]).numpy()
+__all__ = ["accuracy", "features_of", "fid_of", "fid_with_error", "measured_features"]
 
 
 @torch.no_grad()
-def accuracy(lenet: LeNet, images: torch.Tensor, labels: torch.Tensor, batch: int = 1000) -> float:
-    """Share of images [N, 1, 28, 28] whose label [N] is LeNet's first choice."""
-    chosen = torch.cat([lenet(part).argmax(dim=1) for part in images.split(batch)])  # [N]
+def features_of(classifier: nn.Module, images: torch.Tensor, batch: int = 1000) -> np.ndarray:
+    """Features float32 [N, d] of images or pixels [N, C, H, W]."""
+    return torch.cat([classifier.features(to_unit(part)) for part in images.split(batch)]).numpy()
+
+
+@torch.no_grad()
+def accuracy(classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch: int = 1000) -> float:
+    """Share of images or pixels [N, C, H, W] whose label [N] is the classifier's first choice."""
+    chosen = torch.cat([classifier(to_unit(part)).argmax(dim=1) for part in images.split(batch)])  # [N]
     return float((chosen == labels).double().mean())
 
 
-def lenet_fid(lenet: LeNet, samples: torch.Tensor, reference: Moments) -> float:
-    """FID of samples [N, 1, 28, 28], clipped and rounded to pixels first."""
-    return frechet_distance(*moments(lenet_features(lenet, to_images(to_pixels(samples)))), *reference)
+def fid_of(classifier: nn.Module, samples: torch.Tensor, reference: Moments) -> float:
+    """FID of samples [N, C, H, W], clipped and rounded to pixels first."""
+    return frechet_distance(*moments(features_of(classifier, to_pixels(samples).reshape(samples.shape))), *reference)
 
 
 def fid_with_error(features: np.ndarray, reference: Moments, groups: int = 20) -> Tuple[float, float]:
@@ -68,19 +68,19 @@ def fid_with_error(features: np.ndarray, reference: Moments, groups: int = 20) -
 
 
 def measured_features(
-    lenet: LeNet, denoiser: Denoiser, grid: Grid, solver: str, num: int, seed: int, store: Path, batch: int = 250,
-    progress: Optional[Progress] = None, stop: Optional[GracefulStop] = None,
+    classifier: nn.Module, denoiser: Denoiser, grid: Grid, solver: str, num: int, seed: int, store: Path,
+    batch: int = 250, progress: Optional[Progress] = None, stop: Optional[GracefulStop] = None,
 ) -> Tuple[np.ndarray, float]:
     """Features of `num` samples, kept in `store` after every batch: what is there already is not sampled again.
 
     Args:
         store: .npz file; its name must tell networks, grids, solvers and seeds apart.
     Returns:
-        features float32 [num, 84], and the seconds that sampling them took.
+        features float32 [num, d], and the seconds that sampling them took.
     Raises:
         Stopped: `stop` was requested; the finished batches are in `store`.
     """
-    features, seconds = _stored(store, lenet.num_features)
+    features, seconds = _stored(store, classifier.num_features)
     if progress is not None:
         progress.start = min(len(features), num) * grid.num_steps  # not done now: no part of the rate
     while len(features) < num:
@@ -88,7 +88,7 @@ def measured_features(
         size = min(batch - done % batch, num - done)
         began = time.monotonic()
         images = generate(denoiser, grid, solver, size, seed, batch, progress, stop, first=done)
-        features = np.concatenate([features, lenet_features(lenet, to_images(to_pixels(images)))])
+        features = np.concatenate([features, features_of(classifier, to_pixels(images).reshape(images.shape))])
         seconds += time.monotonic() - began
         content = {"features": features, "seconds": np.float64(seconds)}
         atomic_write(store, lambda file, content=content: np.savez(file, **content))

@@ -1,0 +1,74 @@
+"""Training of the classifiers whose features judge samples: LeNet for digits, a ResNet for natural images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from art_edm.sampling.noise import seeded_generator
+from networks.loop import Run, to_unit, train
+
+__all__ = ["ClassifierConfig", "train_classifier"]
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Settings of `train_classifier`; a checkpoint of other settings is refused."""
+
+    label: ClassVar[str] = "classifier"
+    open_ended: ClassVar[bool] = False
+    iterations: int = 5625  # optimizer steps; AdamW, cosine to zero
+    batch: int = 128  # images per step
+    learning_rate: float = 2e-3  # of the first step
+    weight_decay: float = 0.0
+    smoothing: float = 0.0  # share of the label that is spread over all classes
+    shift: int = 0  # pixels that an image is moved by at most, and mirrored half of the time; 0: shown as it is
+    seed: int = 0
+
+
+def _batch(pixels: torch.Tensor, config: ClassifierConfig, it: int) -> Any:
+    """The images' numbers [B] and the images [B, C, H, W] of a step; every epoch shows each image at most once."""
+    epoch, part = divmod(it, len(pixels) // config.batch)
+    order = torch.randperm(len(pixels), generator=seeded_generator(config.seed, -1 - epoch))
+    pick = order[part * config.batch:(part + 1) * config.batch]
+    images = to_unit(pixels[pick])
+    if not config.shift:
+        return pick, images
+    rng, height, width = seeded_generator(config.seed, it), *images.shape[2:]
+    padded = functional.pad(images, [config.shift] * 4, mode="reflect")
+    images = torch.empty_like(images)
+    moves = torch.randint(0, 2 * config.shift + 1, (len(pick), 2), generator=rng).tolist()
+    for image, (down, right), source in zip(images, moves, padded):
+        image.copy_(source[:, down:down + height, right:right + width])
+    return pick, torch.where(torch.rand(len(pick), 1, 1, 1, generator=rng) < 0.5, images, images.flip(3))
+
+
+def train_classifier(
+    kind: type, pixels: torch.Tensor, labels: torch.Tensor, config: ClassifierConfig, run: Run
+) -> nn.Module:
+    """A classifier of `kind` trained on pixels uint8 [N, C, H, W] (or images in [-1, 1]) and labels [N].
+
+    Raises what `networks.loop.train` raises.
+    """
+    torch.manual_seed(config.seed)
+    net = kind().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=config.weight_decay)
+    parts: Dict[str, Any] = {"net": net, "optimizer": optimizer}
+
+    def step(it: int) -> float:
+        pick, images = _batch(pixels, config, it)
+        loss = functional.cross_entropy(net(images), labels[pick], label_smoothing=config.smoothing)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 + math.cos(math.pi * it / config.iterations)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    train(parts, step, config, {}, run)
+    return net.to(memory_format=torch.contiguous_format).eval()

@@ -1,0 +1,332 @@
+"""The command that trains a bundled network and its judge on a data set, and measures both."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import click
+import numpy as np
+import torch
+from torch import nn
+
+from art_edm.grids.grid import edm
+from art_edm.metrics.frechet import Moments, frechet_distance, moments
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import NetworkError, load_classifier, load_network, save_classifier, save_network
+from art_edm.runtime.cli import Command, command_line, versions
+from art_edm.runtime.errors import Stopped
+from art_edm.runtime.files import check_destination, sha256_of, write_json
+from art_edm.runtime.progress import GracefulStop, Progress
+from art_edm.sampling.generate import generate, sample_sheet
+from art_edm.sampling.solvers import nfe
+from networks.classifier import ClassifierConfig, train_classifier
+from networks.judge import accuracy, features_of, fid_with_error, measured_features
+from networks.loop import Run, read_checkpoint
+from networks.score import ScoreConfig, read_snapshot, snapshot_path, train_score
+
+__all__ = ["DataSet", "Settings", "coarse", "save_every", "training_command"]
+
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+SOLVER = "heun"
+SHEET_STEPS, SHEET_IMAGES = 35, 100  # 69 evaluations
+SNAPSHOT_STEPS = 18  # 35 evaluations
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What differs between the bundled networks."""
+
+    name: str  # of the network; its results are called NAME.pt, NAME.json and NAME.png
+    load: Callable[[str, Optional[str]], Tuple[torch.Tensor, torch.Tensor]]  # split, --data -> pixels, labels [N]
+    data_help: str  # of --data
+    note: str  # for the card: what the images are
+    score: ScoreConfig
+    judge: type  # class of the classifier whose features judge
+    judge_config: ClassifierConfig
+    fid: str  # name of the Frechet distance of its features
+    expected_accuracy: float
+    snapshots: int = 2500
+
+    @property
+    def judge_file(self) -> str:
+        """Name of the judge's weight file."""
+        return f"{self.judge.__name__.lower()}.pt"
+
+    @property
+    def results(self) -> List[str]:
+        """Names of the files that a training leaves."""
+        return [f"{self.name}.pt", self.judge_file, f"{self.name}.json", f"{self.name}.png"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of the command."""
+
+    data_set: DataSet
+    data: Optional[str]
+    out: Path
+    start: Optional[Path]
+    iterations: int
+    batch: int
+    learning_rate: float
+    seed: int
+    snapshots: int
+    resume: bool
+    quiet: bool
+    device: str
+    floor_samples: int
+    floor_steps: int
+    snapshot_samples: int
+
+    @property
+    def score(self) -> ScoreConfig:
+        """Settings of the score network's training."""
+        start = "" if self.start is None else sha256_of(self.start / self.data_set.results[0])
+        return replace(self.data_set.score, iterations=self.iterations, batch=self.batch, seed=self.seed,
+                       learning_rate=self.learning_rate, start=start)
+
+    @property
+    def judge(self) -> ClassifierConfig:
+        """Settings of the judge's training."""
+        return replace(self.data_set.judge_config, seed=self.seed)
+
+    def run(self, name: str) -> Run:
+        """Where the training of `name` keeps its state."""
+        return Run(self.out / f"{name}.ckpt", self.resume, self.quiet, save_every(self.snapshots))
+
+    @property
+    def command(self) -> str:
+        """The command that gives these results on any computer: all options but folders and how it is shown."""
+        hidden = ("data_set", "data", "out", "resume", "quiet", "start")
+        words = [f"--{name.replace('_', '-')}={getattr(self, name)}" for name in self.__dataclass_fields__
+                 if name not in hidden]
+        start = [] if self.start is None else ["--start=DIR"]
+        return " ".join([f"python tools/train_{self.data_set.name}.py", *start, *words])
+
+
+def _count(option: str, default: int, text: str, least: int = 1, most: Optional[int] = None) -> Any:
+    """An option that takes a whole number."""
+    kind = click.IntRange(least, most)
+    return click.option(option, type=kind, default=default, show_default=True, metavar="N", help=text)
+
+
+def training_command(data_set: DataSet, text: str) -> click.Command:
+    """The command of tools/train_NAME.py; `text` is its help."""
+    name, rate = data_set.name, data_set.score.learning_rate
+    options = [
+        click.option("--data", metavar="PLACE", help=data_set.data_help),
+        click.option("--out", type=click.Path(path_type=Path), default=f"runs/{name}", show_default=True, metavar="DIR",
+                     help="Where checkpoints and results go; created if missing."),
+        click.option("--start", type=click.Path(path_type=Path), metavar="DIR",
+                     help=f"Go on from the weights in DIR ({name}.pt), and judge by its {data_set.judge.__name__}; "
+                          "--iterations counts anew."),
+        _count("--iterations", data_set.score.iterations, "Training steps of the score network."),
+        _count("--batch", data_set.score.batch, "Images per training step."),
+        click.option("--learning-rate", type=click.FloatRange(0, 1, min_open=True), default=rate, show_default=True,
+                     metavar="X", help="Of the score network after warm-up."),
+        _count("--seed", 0, "Of weights, draws and samples.", least=0, most=2**32 - 1),
+        _count("--snapshots", data_set.snapshots, "Keep the averaged weights every N steps; 0 for none.", least=0),
+        _count("--floor-samples", 10_000, f"Samples for the {data_set.fid} floor.", least=40),
+        _count("--floor-steps", 200, "Steps of Heun's method for the floor."),
+        _count("--snapshot-samples", 2000, f"Samples for the {data_set.fid} of each snapshot; 0 to skip.", least=0),
+        click.option("--device", default="cpu", show_default=True, metavar="NAME",
+                     help="Where the score network runs."),
+        click.option("--resume", is_flag=True, help="Continue what an earlier run left in --out."),
+        click.option("--quiet", is_flag=True, help="Show no progress."),
+    ]
+
+    def main(**values: Any) -> None:
+        _main(Settings(data_set, **values))
+
+    main.__doc__ = text
+    for option in reversed(options):
+        main = option(main)
+    return click.command(cls=Command)(main)
+
+
+def _main(settings: Settings) -> None:
+    """Check everything, do the work, and say how to continue if it stops."""
+    _check(settings)
+    data = {split: settings.data_set.load(split, settings.data) for split in ("train", "test")}
+    line = command_line()
+    again = line if "--resume" in line.split() else f"{line} --resume"
+    try:
+        with GracefulStop() as stop:
+            card = _work(settings, data, stop)
+    except Stopped as error:
+        raise Stopped(f"{error}; continue with: {again}") from None
+    except OSError as error:
+        raise Stopped(f"{error}; remove the cause, then continue with: {again}") from None
+    _report(settings, card)
+
+
+def _check(settings: Settings) -> None:
+    """Refuse, before any work, what cannot be used or written."""
+    data_set = settings.data_set
+    if settings.start is not None:
+        load_network(str(settings.start / data_set.results[0]))
+        load_classifier(data_set.judge, settings.start / data_set.judge_file)
+    if settings.snapshot_samples == 1:
+        raise ValueError("found --snapshot-samples=1, expected 0 or at least 2; a covariance needs two samples")
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = f"--device={settings.device} ({str(error).splitlines()[0][:100]})"
+        raise ValueError(f"cannot use {reason}; expected cpu, or cuda where torch finds one") from None
+    folder = settings.out / "floors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot create the folder {folder}: {error.strerror}; choose another --out") from None
+    for name in (*data_set.results, "score.ckpt", "judge.ckpt", "floors/x"):
+        check_destination(settings.out / name)
+    checkpoints = {settings.run(name).checkpoint: getattr(settings, name) for name in ("score", "judge")}
+    found = [path for path in (*checkpoints, *map(settings.out.joinpath, data_set.results)) if path.exists()]
+    if found and not settings.resume:
+        raise ValueError(f"found {found[0]} of an earlier run; add --resume to continue it, or choose another --out")
+    for checkpoint, config in checkpoints.items():
+        if checkpoint.exists():
+            read_checkpoint(checkpoint, config)
+
+
+def _work(settings: Settings, data: Dict[str, Any], stop: GracefulStop) -> Dict[str, Any]:
+    """All stages; returns the card."""
+    data_set = settings.data_set
+    weights, _, card_path, sheet_path = (settings.out / name for name in data_set.results)
+    classifier = _obtain_judge(settings, *data["train"])
+    start = None if settings.start is None else load_network(str(settings.start / data_set.results[0])).denoiser
+    trained = train_score(
+        data["train"][0], settings.score, settings.run("score"), settings.device, settings.snapshots, start
+    )
+    save_network(weights, trained["ema"])
+    network = load_network(str(weights), settings.device).denoiser  # what is shipped is what is measured
+    judge = Judge(settings, classifier, moments(features_of(classifier, data["train"][0])), stop)
+    progress = Progress(SHEET_IMAGES * SHEET_STEPS, "sample sheet", settings.quiet)
+    sheet = edm(SHEET_STEPS, SIGMA_MIN, SIGMA_MAX)
+    sample_sheet(generate(network, sheet, SOLVER, SHEET_IMAGES, settings.seed, 100, progress, stop), sheet_path)
+    progress.close()
+    losses, fid = coarse(trained["losses"]), data_set.fid.lower().replace("-", "_")
+    card = {
+        "command": settings.command, "data": data_set.note, "start": _origin(settings), "seed": settings.seed,
+        "iterations": settings.iterations, "batch": settings.batch,
+        "images_seen": settings.iterations * settings.batch,
+        "parameters": sum(p.numel() for p in network.parameters()), "seconds": trained["seconds"],
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, --device={settings.device}",
+        "final_loss": losses[-1], "losses": losses,
+        "sigma_data": network.sigma_data, "data_mean": network.data_mean,
+        f"{data_set.judge.__name__.lower()}_accuracy": accuracy(classifier, *data["test"]),
+        f"{fid}_test_vs_train": judge.yardstick(data["test"][0]),
+        f"{fid}_floor": judge.floor(network, sha256_of(weights)),
+        "floor_over_training": judge.snapshots(),
+        "sha256": {name: sha256_of(settings.out / name) for name in data_set.results[:2]},
+        "versions": versions(),
+    }
+    write_json(card_path, card)
+    return card
+
+
+def save_every(snapshots: int) -> int:
+    """Steps between checkpoints: at most 250, and such that every snapshot falls on one."""
+    return max(n for n in range(1, 251) if snapshots % n == 0)
+
+
+def _origin(settings: Settings) -> Optional[Dict[str, Any]]:
+    """What the training started from, if not from random weights: the hash of the weights, and their card."""
+    if settings.start is None:
+        return None
+    weights, _, card_path, _ = (settings.start / name for name in settings.data_set.results)
+    try:
+        card = json.loads(card_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        card = None
+    return {"sha256": sha256_of(weights), "card": card}
+
+
+def coarse(losses: List[float], parts: int = 20) -> List[float]:
+    """The course of the loss in at most `parts` means of equally long stretches."""
+    return [float(part.mean()) for part in np.array_split(losses, min(parts, len(losses)))]
+
+
+def _obtain_judge(settings: Settings, pixels: torch.Tensor, labels: torch.Tensor) -> nn.Module:
+    """The classifier as read from its weight file, which is written first unless an earlier run did."""
+    kind, path = settings.data_set.judge, settings.out / settings.data_set.judge_file
+    if settings.start is not None:
+        save_classifier(path, load_classifier(kind, settings.start / path.name))
+    if path.exists() and (settings.resume or settings.start is not None):
+        try:
+            return load_classifier(kind, path)
+        except NetworkError as error:
+            click.echo(f"note: {error}; training it again", err=True)
+    save_classifier(path, train_classifier(kind, pixels, labels, settings.judge, settings.run("judge")))
+    return load_classifier(kind, path)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A classifier, and the moments of the training images' features that samples are compared with."""
+
+    settings: Settings
+    classifier: nn.Module
+    reference: Moments
+    stop: GracefulStop
+
+    def yardstick(self, pixels: torch.Tensor) -> float:
+        """FID of true images that were not trained on."""
+        return frechet_distance(*moments(features_of(self.classifier, pixels)), *self.reference)
+
+    def floor(self, network: Denoiser, weights: str) -> Dict[str, Any]:
+        """What the network reaches when the number of steps does not limit it."""
+        num, steps = self.settings.floor_samples, self.settings.floor_steps
+        features, seconds = self._sample(network, weights, num, steps, f"{self.settings.data_set.fid} floor")
+        fid, stderr = fid_with_error(features, self.reference)
+        grid = {"rule": "edm", "num_steps": steps, "sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX, "rho": 7}
+        return {"samples": num, "solver": SOLVER, "grid": grid, "nfe": nfe(SOLVER, steps), "fid": fid, "stderr": stderr,
+                "seconds": seconds}
+
+    def snapshots(self) -> List[Dict[str, Any]]:
+        """The FID over the course of training, of fewer samples and steps than the floor's."""
+        num, every, rows = self.settings.snapshot_samples, self.settings.snapshots, []
+        for iteration in range(every, self.settings.iterations + 1, every) if num and every else []:
+            path = snapshot_path(self.settings.run("score").checkpoint, iteration)
+            if not path.exists():  # made with other --snapshots before it was resumed
+                continue
+            network, seconds = read_snapshot(path, self.settings.device)
+            label = f"{self.settings.data_set.fid} at {iteration}"
+            features, _ = self._sample(network, sha256_of(path), num, SNAPSHOT_STEPS, label)
+            fid = frechet_distance(*moments(features), *self.reference)
+            rows.append({"iteration": iteration, "seconds": seconds, "fid": fid, "samples": num,
+                         "nfe": nfe(SOLVER, SNAPSHOT_STEPS)})
+        return rows
+
+    def _sample(self, network: Denoiser, weights: str, num: int, steps: int, label: str) -> Tuple[np.ndarray, float]:
+        """Features of samples and the seconds they took, from an earlier run as far as there are any."""
+        settings, grid = self.settings, edm(steps, SIGMA_MIN, SIGMA_MAX)
+        parts = [weights, sha256_of(settings.out / settings.data_set.judge_file), SOLVER, grid.values.tolist(),
+                 settings.seed]  # all that the features of a sample depend on
+        store = settings.out / "floors" / f"{sha256(json.dumps(parts).encode()).hexdigest()[:20]}.npz"
+        progress = Progress(num * steps, label, settings.quiet)
+        try:
+            return measured_features(
+                self.classifier, network, grid, SOLVER, num, settings.seed, store, progress=progress, stop=self.stop
+            )
+        finally:
+            progress.close()
+
+
+def _report(settings: Settings, card: Dict[str, Any]) -> None:
+    """Say what was written and what it reaches."""
+    data_set = settings.data_set
+    fid, kind = data_set.fid.lower().replace("-", "_"), data_set.judge.__name__
+    floor, right = card[f"{fid}_floor"], card[f"{kind.lower()}_accuracy"]
+    click.echo(f"wrote {', '.join(str(settings.out / name) for name in data_set.results)}")
+    click.echo(f"{kind} accuracy {right:.2%}; score network's loss {card['final_loss']:.4f}")
+    click.echo(f"{data_set.fid} floor {floor['fid']:.3f} +- {floor['stderr']:.3f} of {floor['samples']} samples by "
+               f"{floor['nfe']} evaluations each; true test images {card[f'{fid}_test_vs_train']:.3f}")
+    if right < data_set.expected_accuracy:
+        click.echo(f"note: {kind}'s accuracy is below the expected {data_set.expected_accuracy:.0%}; do not ship it",
+                   err=True)
