@@ -30,8 +30,8 @@ from art_edm.measure.profile import Profile
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.evaluate import FiniteCheck
 from art_edm.runtime.distributed import ALONE, World
-from art_edm.sampling.multistep import Past
-from art_edm.sampling.solvers import _PAST, SOLVERS, order_of
+from art_edm.sampling.multistep import on_path
+from art_edm.sampling.solvers import SOLVERS, Past, integrate, order_of
 
 __all__ = ["STRIDE", "at_middles", "measure_errors"]
 
@@ -72,7 +72,7 @@ def measure_errors(
 
     def norms(x: torch.Tensor, labels: Optional[torch.Tensor], tell: Callable[[], None]) -> torch.Tensor:
         columns, slopes, check = [], [torch.zeros_like(x)], FiniteCheck(x.device)
-        window: Deque[_Point] = deque(maxlen=stride * (1 + _PAST.get(solver, 0)) + 1)
+        window: Deque[_Point] = deque(maxlen=stride * (1 + SOLVERS[solver].past) + 1)
         for k, level in enumerate(levels):
             denoised = evaluate(denoiser, x, level, labels, check.see)
             if window:
@@ -108,11 +108,13 @@ def _step(
 ) -> torch.Tensor:
     """One step of the solver from the last point but one of `path` to the level of the last, after those before it."""
     past: Past = ()
-    for start, after in zip(path, path[1:]):
+    sigma = torch.stack([point.level for point in path])
+    for k, start in enumerate(path[:-1]):
 
         def slope(x: torch.Tensor, sigma: torch.Tensor, start: _Point = start) -> torch.Tensor:
             known = x is start.x
             return (x - (start.denoised if known else evaluate(denoiser, x, float(sigma), labels, check.see))) / sigma
 
-        end, past = SOLVERS[solver](slope, start.x, start.level, after.level, past)
+        end, past = integrate(slope, start.x, sigma, solver, past, steps=[k])
+        past = on_path(past, start.x)
     return end

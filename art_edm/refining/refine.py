@@ -32,7 +32,7 @@ from art_edm.runtime.distributed import ALONE, World
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
 from art_edm.runtime.pieces import Pieces
 from art_edm.runtime.progress import GracefulStop
-from art_edm.sampling.solvers import nfe, supported
+from art_edm.sampling.solvers import SOLVERS, nfe, supported
 
 __all__ = ["Drawn", "EndError", "RefineConfig", "RefineResult", "check_refinable", "draw_noises", "refine"]
 
@@ -196,7 +196,8 @@ class _Refinement:
     def _expected(self) -> int:
         """Evaluations, should it take all iterations."""
         steps, config = self.grids[GIVEN].num_steps, self.config
-        derivatives = sum(nfe(self.solver, n) - 1 for n in range(2, steps + 1)) * config.noises
+        reach = SOLVERS[self.solver].reach
+        derivatives = sum(nfe(self.solver, min(n + reach, steps)) - 1 for n in range(2, steps + 1)) * config.noises
         whole = config.iterations * (derivatives + nfe(self.solver, steps) * (config.noises + config.held))
         return max(whole, config.cheap if config.more > config.iterations else 0)
 

@@ -9,8 +9,9 @@ J            d x_K / d sigma_j, j = 1..K-1, by forward differences through the s
 gram, pull   J^T J and J^T r per noise and pixel, [M, K-1, K-1] and [M, K-1]: all that a least-squares step needs
 E_k          how far the exact path's end moves by the local error of the solver's step k, [M, C, H, W]
 
-Moving sigma_j leaves the steps before j as they are, and the first slope of step j too. So a difference starts from
-what the undisturbed run stored there, which halves its cost; it needs neither autograd nor memory that grows with
+Moving sigma_j leaves the steps that end above it as they are (but for one, where a solver's weights come from the
+clock), and the first slope of the first step that it changes. So a difference starts from what the undisturbed run
+stored there, which halves its cost; it needs neither autograd nor memory that grows with
 the network, and serves every solver, guided or not.
 """
 
@@ -27,7 +28,8 @@ from art_edm.measure.field import full_precision, rms
 from art_edm.models.denoiser import Denoiser
 from art_edm.runtime.distributed import ALONE, World
 from art_edm.runtime.pieces import Pieces
-from art_edm.sampling.solvers import Past, Slope, integrate, slope_of
+from art_edm.sampling.multistep import on_path
+from art_edm.sampling.solvers import SOLVERS, Past, Slope, integrate, slope_of
 
 __all__ = ["Noises", "Run", "Travel", "solve_ends"]
 
@@ -173,7 +175,7 @@ class Travel:
         kept, past = [], ()
         for k in range(len(sigma) - 1):
             recorder, start = _Recorder(slope), (x, past)
-            x, past = integrate(recorder, x, sigma[k : k + 2], self.solver, past)
+            x, past = integrate(recorder, x, sigma, self.solver, past, steps=[k])
             kept.append(_Start(*start, recorder.first))
         return x, kept
 
@@ -204,8 +206,10 @@ class Travel:
         for j in range(1, len(levels) - 1):
             moved = levels.copy()
             moved[j] += step * min(gaps[j - 1], gaps[j])
-            start, sigma = starts[j - 1], torch.tensor(moved[j - 1 :], device=end.device)
-            x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self.solver, start.past)
+            first = max(j - 1 - SOLVERS[self.solver].reach, 0)  # the first step that the move changes
+            start, sigma = starts[first], torch.tensor(moved, device=end.device)
+            steps = range(first, len(levels) - 1)
+            x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self.solver, start.past, steps=steps)
             columns.append((x - end).flatten(1) / (moved[j] - levels[j]))
             self.tell()
         return torch.stack(columns, dim=1)
@@ -240,13 +244,15 @@ class Travel:
     def _grown(self, slope: Slope, x: torch.Tensor, levels: np.ndarray, middles: np.ndarray) -> torch.Tensor:
         """E of a batch, [B, K, d]."""
         errors, past = [], ()
-        for a, middle, b in zip(levels, middles, levels[1:]):
+        grid = torch.tensor(levels, device=x.device, dtype=x.dtype)
+        for k, (a, middle, b) in enumerate(zip(levels, middles, levels[1:])):
             last = [] if b else [max(middle / 6, min(self.denoiser.sigma_limits[0], middle / 2))]
             fine, once, twice = (torch.tensor(each, device=x.device, dtype=x.dtype) for each in (
                 [a, middle, *last, b], [a, b], [a, middle, b]))
             grow = once if b else twice  # a step to 0 is Euler's and shows no growth
             exact, _ = integrate(slope, x, fine, "rk4")
-            end, past = integrate(slope, x, once, self.solver, past)
+            end, past = integrate(slope, x, grid, self.solver, past, steps=[k])
+            past = on_path(past, x)
             beside = [integrate(slope, x + error, grow, "heun")[0] for error in errors]
             on = integrate(slope, x, grow, "heun")[0] if errors else x
             errors, x = [*(each - on for each in beside), end - exact], exact

@@ -1,4 +1,4 @@
-"""Deterministic solvers of the probability-flow equation on a given grid.
+"""Deterministic solvers of the probability-flow equation on a given grid, and the one table of them.
 
 Symbols
 -------
@@ -7,15 +7,17 @@ sigma      noise level at the start of a step; sigma_next at its end
 slope      dx/dsigma = (x - D(x; sigma)) / sigma, the drift (5) with its sign turned
 past       what a multistep solver keeps of its last steps, see `multistep`; () for the others
 K          number of steps of the grid
-NFE        evaluations of D per image: Euler and multistep solvers K, Heun 2K - 1, RK4 4(K - 1) + 1
+NFE        evaluations of D per image: stages (K - 1) + 1. Euler and multistep solvers K, Heun 2K - 1, RK4 4K - 3
 
-A solver receives a grid and never builds one. The step that ends at sigma = 0 is Euler's for every
-solver, as the slope has no value there; it is recognised by its value, never by its index.
+A solver is a function of one step and an entry in `SOLVERS`. It receives a grid and never builds one. The slope has no
+value at sigma = 0, so that the step that ends there evaluates nothing at its end: Euler's, or for multistep solvers of
+the order that their entry names. It is recognised by its value, never by its index.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Optional, Tuple, Union
+from functools import partial
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -23,10 +25,11 @@ import torch
 from art_edm.grids.grid import Grid
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.evaluate import FiniteCheck
-from art_edm.sampling.multistep import MULTISTEP, Past, Slope, Step
+from art_edm.sampling import multistep
+from art_edm.sampling.multistep import Past, Rule, Slope, Step, denoised_step, limited, slopes_step
 
 __all__ = [
-    "ORDERS", "OnStep", "Past", "SOLVERS", "Slope", "Step", "euler_step", "fitted", "heun_step", "integrate", "nfe",
+    "OnStep", "Past", "SOLVERS", "Slope", "Solver", "Step", "euler_step", "fitted", "heun_step", "integrate", "nfe",
     "order_of", "rk4_step", "sample", "slope_of", "supported",
 ]
 
@@ -37,14 +40,14 @@ SIGMA_MAX_SLACK = 1e-6
 
 
 def euler_step(
-    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = (), weights: None = None
 ) -> Tuple[torch.Tensor, Past]:
     """First order, one evaluation: x + h k1, h = sigma_next - sigma."""
     return x + (sigma_next - sigma) * slope(x, sigma), ()
 
 
 def heun_step(
-    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = (), weights: None = None
 ) -> Tuple[torch.Tensor, Past]:
     """Second order, two evaluations: x + h (k1 + k2) / 2; algorithm 1 of EDM (2206.00364)."""
     h = sigma_next - sigma
@@ -54,7 +57,7 @@ def heun_step(
 
 
 def rk4_step(
-    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = ()
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, past: Past = (), weights: None = None
 ) -> Tuple[torch.Tensor, Past]:
     """Fourth order, four evaluations: the classical Runge-Kutta step in sigma, x + h (k1 + 2 k2 + 2 k3 + k4) / 6."""
     h = sigma_next - sigma
@@ -66,16 +69,62 @@ def rk4_step(
     return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), ()
 
 
-SOLVERS: Dict[str, Step] = {"euler": euler_step, "heun": heun_step, "rk4": rk4_step, **MULTISTEP}
-_STAGES = {"heun": 2, "rk4": 4}  # evaluations of a step that does not end at 0; 1 for the others
+class Solver(NamedTuple):
+    """An entry of the table."""
+
+    step: Step
+    order: int  # p: the local error of a short step on a smooth path is C_p h^(p + 1)
+    source: str  # what it is and where it is from, one line
+    stages: int = 1  # evaluations of a step that does not end at 0
+    past: int = 0  # earlier steps that a step of full order takes; `integrate` keeps no more
+    last_order: int = 1  # of the step to 0
+    rule: Optional[Rule] = None  # weights of a multistep solver, from the grid alone
+    reach: int = 0  # steps further back than its neighbours whose weights a level's move changes
+
+
+def _multistep(step: Step, rule: Rule, values: int, last: int, source: str, **more: int) -> Solver:
+    """A solver through the last `values` values, and through `last` in the step to 0."""
+    return Solver(step, **{"order": values, **more}, source=source, past=values - 1, last_order=last,
+                  rule=limited(rule, values, last))
+
+
+SOLVERS: Dict[str, Solver] = {
+    "euler": Solver(euler_step, 1, "Euler; DDIM (2010.02502)"),
+    "heun": Solver(heun_step, 2, "Heun, algorithm 1 of EDM (2206.00364)", stages=2),
+    "rk4": Solver(rk4_step, 4, "the classical Runge-Kutta method", stages=4),
+    "dpmpp2m": _multistep(denoised_step, multistep.dpmpp2m_row, 2, 1, "DPM-Solver++(2M) (2211.01095)"),
+    "ipndm2": _multistep(slopes_step, multistep.even_row, 2, 2, "iPNDM (2204.13902) of order 2", order=2),
+    "ipndm3": _multistep(slopes_step, multistep.even_row, 3, 2, "iPNDM (2204.13902) of order 3", order=2),
+    "ipndm": _multistep(slopes_step, multistep.even_row, 4, 2, "iPNDM (2204.13902) of order 4", order=2),
+    "ab4-sigma": _multistep(slopes_step, multistep.through_times(lambda sigma: sigma), 4, 1,
+                            "Adams-Bashforth of order 4 with the weights of the uneven levels"),
+    "deis": _multistep(slopes_step, multistep.through_times(multistep.vp_time), 4, 1, "DEIS-tAB3 (2204.13902)"),
+    "unipc": Solver(multistep.unipc_step, 3, "UniPC-3, B2(h) (2302.04867)", past=3, rule=multistep.unipc(3)),
+    "clock": _multistep(slopes_step, multistep.clock_slopes, 4, 2, "slopes extrapolated in the learned clock", reach=1),
+    "clock-denoised": _multistep(denoised_step, multistep.clock_denoised, 3, 2,
+                                 "denoised images extrapolated in the learned clock", reach=1),
+}
 
 
 def nfe(solver: str, num_steps: int) -> int:
-    """Evaluations of the denoiser per image on a grid of `num_steps` steps; the last step is Euler's."""
-    _step_of(solver)
+    """Evaluations of the denoiser per image on a grid of `num_steps` steps: the last step evaluates once."""
+    stages = _entry(solver).stages
     if num_steps < 1:
         raise ValueError(f"found num_steps = {num_steps}, expected at least 1")
-    return _STAGES.get(solver, 1) * (num_steps - 1) + 1
+    return stages * (num_steps - 1) + 1
+
+
+def order_of(solver: str) -> int:
+    """p; raises a ValueError for an unknown solver."""
+    return _entry(solver).order
+
+
+def _entry(solver: Union[str, Solver]) -> Solver:
+    if isinstance(solver, Solver):
+        return solver
+    if solver not in SOLVERS:
+        raise ValueError(f"found solver {solver!r}, expected one of {', '.join(SOLVERS)}")
+    return SOLVERS[solver]
 
 
 @torch.no_grad()
@@ -100,7 +149,7 @@ def sample(
             model's sigma_max, or loses a step by rounding.
         NonFiniteOutput: the denoiser returned NaN or infinity.
     """
-    _step_of(solver)
+    _entry(solver)
     if batch is not None and batch < 1:
         raise ValueError(f"found batch = {batch}, expected at least 1 image")
     if class_labels is not None and len(class_labels) != len(latents):
@@ -118,29 +167,32 @@ def sample(
 
 
 def integrate(
-    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, solver: Union[str, Step], past: Past = (),
-    on_step: Optional[OnStep] = None,
+    slope: Slope, x: torch.Tensor, sigma: torch.Tensor, solver: Union[str, Solver], past: Past = (),
+    on_step: Optional[OnStep] = None, steps: Optional[Iterable[int]] = None,
 ) -> Tuple[torch.Tensor, Past]:
     """Follow dx/dsigma through levels that need not end at 0; differentiable, `torch.no_grad` is the caller's.
 
     Args:
         slope: the field, as from `slope_of`.
-        x: state at the first level, [B, C, H, W] float64.
-        sigma: levels [n + 1], strictly descending; a step to 0 is Euler's, for every solver.
-        solver: a name in `SOLVERS`, or a step function.
+        x: state where the first of `steps` begins, [B, C, H, W] float64.
+        sigma: levels [n + 1] of the grid, strictly descending; weights are computed from all of them.
+        solver: a name in `SOLVERS`, or an entry of one's own.
         past: what an earlier call with the same solver returned; () starts anew.
         on_step: called as on_step(k, sigma_k, x) after step k = 1..n.
+        steps: which steps to take, of 0..n-1, one after the other; all by default.
     Returns:
-        (x at the last level, past): to be continued by another call from there, with the same result.
+        (x at the level after the last step, past): to be continued by another call from there, with the same result.
     Raises:
         ValueError: an unknown solver.
     """
-    step = _step_of(solver) if isinstance(solver, str) else solver
-    for k, level in enumerate(sigma.tolist()[1:], start=1):
-        take = euler_step if level == 0 else step
-        x, past = take(slope, x, sigma[k - 1], sigma[k], past)
+    entry, levels = _entry(solver), sigma.tolist()
+    row = entry.rule(sigma.to("cpu", torch.float64)) if entry.rule else None  # once per grid, on the CPU
+    for k in range(len(levels) - 1) if steps is None else steps:
+        step = euler_step if levels[k + 1] == 0 and row is None else entry.step
+        x, past = step(slope, x, sigma[k], sigma[k + 1], past, row and partial(row, k))
+        past = past[-entry.past:] if entry.past else ()
         if on_step is not None:
-            on_step(k, level, x)
+            on_step(k + 1, levels[k + 1], x)
     return x, past
 
 
@@ -197,19 +249,3 @@ def fitted(denoiser: Denoiser, grid: Grid) -> Grid:
     if len(values) > 2 and values[-2] < low < values[-3]:
         values[-2] = low
     return supported(denoiser, Grid(values))
-
-
-def _step_of(solver: str) -> Step:
-    if solver not in SOLVERS:
-        raise ValueError(f"found solver {solver!r}, expected one of {', '.join(SOLVERS)}")
-    return SOLVERS[solver]
-
-ORDERS = {"euler": 1, "heun": 2, "rk4": 4, "dpmpp2m": 2, "ipndm2": 2, "ipndm3": 3, "ipndm": 4}
-_PAST = {"dpmpp2m": 1, "ipndm2": 1, "ipndm3": 2, "ipndm": 3}  # earlier steps that a step of full order takes
-
-
-def order_of(solver: str) -> int:
-    """p; raises a ValueError for an unknown solver."""
-    if solver not in ORDERS:
-        raise ValueError(f"found solver {solver!r}, expected one of {', '.join(ORDERS)}")
-    return ORDERS[solver]

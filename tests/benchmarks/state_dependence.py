@@ -59,7 +59,7 @@ def ends_of(denoiser: Denoiser, latents: torch.Tensor, levels: torch.Tensor, sol
         some, sigma = latents[start:start + 64], levels[:, start:start + 64]
         x, past, slope = denoiser.initial(some, float(sigma[0, 0])), (), slope_of(denoiser)
         for above, below in zip(sigma, sigma[1:]):
-            x, past = (SOLVERS[solver] if below.all() else euler_step)(slope, x, above, below, past)
+            x, past = (SOLVERS[solver].step if below.all() else euler_step)(slope, x, above, below, past)
         parts.append(x)
     return torch.cat(parts)
 

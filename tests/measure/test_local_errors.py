@@ -15,7 +15,8 @@ from art_edm.measure.dense_paths import place_points
 from art_edm.measure.local_errors import measure_errors
 from art_edm.measure.profile import Profile
 from art_edm.models.analytic import GaussianDenoiser
-from art_edm.sampling.solvers import ORDERS, integrate, slope_of
+from art_edm.sampling.multistep import on_path
+from art_edm.sampling.solvers import integrate, order_of, slope_of
 
 VARIANCE = 0.25
 STRIDE, POINTS = 6, 160
@@ -36,23 +37,25 @@ def exact(latents: torch.Tensor, sigma: float) -> torch.Tensor:
 
 def expected(solver: str, levels: np.ndarray, k: int, past: int) -> np.ndarray:
     """C_p of the step that ends at level k, from exact states, with so many exact steps before it."""
-    slope, order = slope_of(denoiser()), ORDERS[solver]
+    slope, order = slope_of(denoiser()), order_of(solver)
     kept, ends = (), [levels[k - STRIDE * j] for j in range(past + 1, -1, -1)]
-    for start, after in zip(ends, ends[1:]):
-        end, kept = integrate(slope, exact(draw(), start), torch.tensor([start, after]), solver, kept)
+    for j, start in enumerate(ends[:-1]):
+        end, kept = integrate(slope, exact(draw(), start), torch.tensor(ends), solver, kept, steps=[j])
+        kept = on_path(kept, exact(draw(), start))
     error = (end - exact(draw(), ends[-1])).flatten(1).square().mean(dim=1).sqrt()
     return (error / (ends[-2] - ends[-1]) ** (order + 1)).numpy()
 
 
 @pytest.mark.parametrize("solver, past, cost", [
     ("euler", 0, 1), ("heun", 0, 2), ("dpmpp2m", 1, 1), ("ipndm2", 1, 1), ("ipndm3", 2, 1),
+    ("ab4-sigma", 3, 1), ("clock", 3, 1), ("clock-denoised", 2, 1), ("unipc", 3, 1),
 ])
 def test_the_error_of_a_step_is_that_from_the_exact_path(solver, past, cost):
     clock = GaussianClock(80.0, VARIANCE**0.5)
     net = denoiser()
     profile = measure_errors(net, draw(), clock, POINTS, solver=solver, stride=STRIDE)
     levels = place_points(clock, net.sigma_min, POINTS)
-    assert profile.order == ORDERS[solver] and profile.norm.shape == (3, POINTS - STRIDE + 2)
+    assert profile.order == order_of(solver) and profile.norm.shape == (3, POINTS - STRIDE + 2)
     assert profile.evaluations == net.evaluations == 3 * (POINTS + (cost - 1) * (POINTS - STRIDE))
     apart = []
     for k in (70, 90, 110):  # sigma = 3 to 0.2

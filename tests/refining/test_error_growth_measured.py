@@ -31,7 +31,7 @@ from art_edm.refining.noise_sets import draw_noises
 from art_edm.refining.refine import RefineConfig
 from art_edm.refining.solver_jacobian import Noises, Travel
 from art_edm.runtime.distributed import ALONE
-from art_edm.sampling.solvers import SOLVERS, integrate, slope_of
+from art_edm.sampling.solvers import integrate, slope_of
 from tests.support.refine_fields import SHORT, Rounded, Threads, mixture
 
 S, TOP = 0.5, 80.0
@@ -90,8 +90,8 @@ def test_a_step_s_error_is_followed_to_the_end(solver):
     for k in (6, 12, 18):
         past = ()
         for j in range(k - 3, k):
-            _, past = SOLVERS[solver](slope, states[j], *torch.tensor(levels[j : j + 2]), past)
-        end, _ = SOLVERS[solver](slope, states[k], *torch.tensor(levels[k : k + 2]), past)
+            _, past = integrate(slope, states[j], torch.tensor(levels), solver, past, steps=[j])
+        end, _ = integrate(slope, states[k], torch.tensor(levels), solver, past, steps=[k])
         for a, b in zip(levels[k + 1 :], levels[k + 2 :]):
             end, _ = integrate(slope, end, between(a, b), "rk4")
         assert gram[:, k, k] ** 0.5 == pytest.approx((end - x).square().mean((1, 2, 3)).sqrt().numpy(), rel=0.1)
