@@ -1,4 +1,4 @@
-"""What the patched generate.py (EDM) and generate_images.py (EDM2) call; light until a solver of ours is asked for.
+"""What the patched generate.py (EDM) and generate_images.py (EDM2) call; light: beside click and numpy, torch, which they load themselves.
 
 Symbols
 -------
@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 from art_edm.grids.grid import Grid, GridError, load_grid, resample
 
-__all__ = ["GRID_SOLVERS", "SIGMA_SLACK", "grid_levels", "schedule_option", "solve"]
+__all__ = ["SIGMA_SLACK", "grid_levels", "schedule_option", "solve"]
 
 # How far, relatively, a grid may leave the network's range: upstream's own rule returns its end points only
 # up to rounding.
@@ -32,9 +32,7 @@ _CONTRADICTING = {
     "sigma_max": "--sigma_max",
 }
 
-# The names of `solvers.SOLVERS`, which would take torch and more to ask; and upstream's defaults of the options
-# that add noise, which only upstream's own samplers do.
-GRID_SOLVERS = ("euler", "heun", "rk4", "dpmpp2m", "ipndm2", "ipndm3", "ipndm")
+# Upstream's defaults of the options that add noise, which only upstream's own samplers do.
 _STOCHASTIC = {"S_churn": 0, "S_min": 0, "S_max": float("inf"), "S_noise": 1}
 
 
@@ -175,7 +173,7 @@ class _ScheduleOption(click.Option):
 def schedule_option(command: click.Command) -> click.Command:
     """Decorator, above `@click.command()`: `--schedule=FILE.npy`, beside the values upstream has for it, if any.
 
-    With it, `--solver` takes the names of `GRID_SOLVERS` too. The command's function then gets `grid`, its number
+    With it, `--solver` takes the names of `solvers.SOLVERS` too. The command's function then gets `grid`, its number
     of steps and, for a solver that upstream lacks, `grid_solver`; without a .npy it gets what it got before.
     """
     old = next((p for p in command.params if p.name == "schedule"), None)
@@ -200,9 +198,11 @@ def _put(command: click.Command, old: Optional[click.Parameter], new: click.Para
 
 def _solver_option(command: click.Command) -> Sequence[str]:
     """Let `--solver` name ours too; returns the names that are upstream's, () where it has no such option."""
+    from art_edm.sampling.solvers import SOLVERS  # takes torch, which the scripts have loaded by now
+
     old = next((p for p in command.params if p.name == "solver"), None)
     theirs = list(getattr(old.type, "choices", ())) if old else []
-    names = [*theirs, *(name for name in GRID_SOLVERS if name not in theirs)]
+    names = [*theirs, *(name for name in SOLVERS if name not in theirs)]
     ours = f"{', '.join(names[len(theirs):])}: on a grid of --schedule=FILE.npy only" if theirs else \
         "Solver on a grid of --schedule=FILE.npy  [default: heun, this script's own]"
     _put(command, old, click.Option(

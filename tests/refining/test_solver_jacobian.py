@@ -49,7 +49,8 @@ def exact_jacobian(solver, levels=LEVELS):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_differences_are_those_of_autograd(solver):
     job = travel(solver)
-    gram, pull = job.derivatives(job.run(LEVELS), step=1e-6)
+    # its ends bend more: the difference's own error is linear in the step, 1e-6 at 1e-6
+    gram, pull = job.derivatives(job.run(LEVELS), step=1e-7 if solver == "clock-denoised" else 1e-6)
     jacobian, residual = exact_jacobian(solver)
     d = residual.shape[1]
     assert gram == pytest.approx((jacobian @ jacobian.transpose(1, 2) / d).numpy(), rel=1e-4, abs=1e-7)
