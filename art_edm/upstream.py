@@ -1,4 +1,4 @@
-"""What the patched generate.py (EDM) and generate_images.py (EDM2) call; light: beside click and numpy, torch, which they load themselves.
+"""What the patched generate.py (EDM) and generate_images.py (EDM2) call; light, beside what those load themselves.
 
 Symbols
 -------
