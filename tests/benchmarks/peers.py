@@ -9,8 +9,8 @@ error    RMS over pixels between an end point and the exact one from the same no
 FID      Frechet distance of the bundled LeNet's features to those of MNIST's training images
 
 --peers is a folder with checkouts: diff-sampler (zju-pi), DM-NonUniform (scxue), sdm (aiimaginglab; needs diffusers).
-A peer that is not there is skipped with its reason. Each runs in a process of its own, as their modules share names.
- Run by hand:
+A peer that is not there is skipped with its reason. Each has a process of its own, as their modules share names.
+Run by hand:
     python -m tests.benchmarks.peers --peers=FOLDER --network=mnist --grids='art_mnist{steps}.npy' --out=peers_mnist.json
 """
 
@@ -312,7 +312,8 @@ def our_rows(options: Dict[str, Any]) -> Dict[str, Any]:
         for nfe in options["nfe"]:
             grid = (load_grid(options["grids"].replace("{steps}", str(nfe))) if name == "art"
                     else edm(nfe, denoiser.sigma_min, denoiser.sigma_max))
-            cells = {solver: judge.score(partial(sample, denoiser, grid=grid, solver=solver)) for solver in options["ours"]}
+            cells = {solver: judge.score(partial(sample, denoiser, grid=grid, solver=solver))
+                     for solver in options["ours"]}
             rows[str(nfe)] = {"levels": grid.values.tolist(), "cells": cells}
         found[name] = rows
     return found
