@@ -11,7 +11,7 @@ FID      Frechet distance of the bundled LeNet's features to those of MNIST's tr
 --peers is a folder with checkouts: diff-sampler (zju-pi), DM-NonUniform (scxue), sdm (aiimaginglab; needs diffusers).
 A peer that is not there is skipped with its reason. Each has a process of its own, as their modules share names.
 Run by hand:
-    python -m tests.benchmarks.peers --peers=FOLDER --network=mnist --grids='art_mnist{steps}.npy' --out=peers_mnist.json
+A peer that is not there is skipped with its reason. Each has a process of its own, for their modules share names.
 """
 
 from __future__ import annotations
