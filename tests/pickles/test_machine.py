@@ -199,9 +199,9 @@ DEEP = {
 
 @pytest.mark.parametrize("name", DEEP)
 def test_a_million_levels_neither_pass_nor_crash(name):
-    start = time.perf_counter()
+    start = time.process_time()
     one_line(DEEP[name], "nested more than|damaged")
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_the_depth_that_is_allowed_is_allowed():
