@@ -3,7 +3,7 @@
 Markers
 -------
 slow      seconds of a network, or processes that are killed and started again; daily work leaves them out
-upstream  runs NVlabs' own code: checkouts in $ART_EDM_UPSTREAM or third_party/, else skipped
+upstream  runs NVlabs' own code, from $ART_EDM_UPSTREAM or third_party/, else skipped; slow, too
 gpu       needs a CUDA device, else skipped
 """
 
@@ -25,9 +25,12 @@ UPSTREAM = pytest.mark.skip(reason="needs edm/ and edm2/ of NVlabs in $ART_EDM_U
 torch.set_num_threads(1)  # tests run side by side; the same number of threads gives the same bits
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Skip what this machine cannot run."""
+    """Skip what this machine cannot run; NVlabs' code runs in processes of its own, which is slow."""
     for item in items:
+        if item.get_closest_marker("upstream"):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(GPU)
         if item.get_closest_marker("upstream") and checkouts() is None:

@@ -31,6 +31,7 @@ def relative_cost(result: TrainResult, clock: Optional[Clock] = None) -> float:
     return result.profile.cost(sigma) / result.profile.optimum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clock, factor", [("gaussian", 3.0), ("edm", None)])
 def test_learns_from_a_wrong_base_clock(clock, factor):
     model = gaussian()
@@ -51,6 +52,7 @@ def test_learns_from_a_wrong_base_clock(clock, factor):
     assert relative_cost(idle) > 1.3
 
 
+@pytest.mark.slow
 def test_learns_in_live_rollouts():
     model = gaussian()
     config = replace(LIVE, clock_sigma_data=1.5, iterations=40, batch=16, train_steps=16, points=40, keep=128)
@@ -75,6 +77,7 @@ def test_paper_preset_runs():
     assert not (paper.normalise or paper.baseline or paper.simpson or paper.arrive)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sees", ["path", "state"])
 def test_policies_that_see_more_learn_as_well(sees):
     """`state` distils with a loss of its own, and is noisier: it is only asked to come most of the way."""

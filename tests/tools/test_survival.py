@@ -14,6 +14,8 @@ import torch
 from art_edm.runtime.files import atomic_write
 from tests.support.survival import STAGES, finished, grids, kill_in, stages, whole_or_absent
 
+pytestmark = pytest.mark.slow
+
 JOB = ["--network=oned", "--steps=2,5,18", "--out=g{steps}.npy", "--iterations=4", "--trajectories=4", "--quiet"]
 RANDOM = random.Random(6)
 FILES = sorted(f"g{k}.{kind}" for k in (2, 5, 18) for kind in ("json", "npy"))

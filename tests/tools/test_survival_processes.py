@@ -42,6 +42,8 @@ sys.argv[0] = sys.argv.pop(1)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+pytestmark = pytest.mark.slow
+
 
 def free_port():
     with socket.socket() as probe:

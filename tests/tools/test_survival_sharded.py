@@ -16,6 +16,8 @@ from art_edm.learning.config import PRESETS
 from art_edm.models.denoiser import Denoiser
 from art_edm.learning.training import train
 
+pytestmark = pytest.mark.slow
+
 rank, size, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), sys.argv[1]
 if size > 1:
     distributed.init_process_group("gloo")

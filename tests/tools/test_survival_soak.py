@@ -13,7 +13,7 @@ import pytest
 
 from tests.benchmarks.soak import growth, make_job, soak
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")]
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "soak.json"
 
 

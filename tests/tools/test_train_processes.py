@@ -17,6 +17,8 @@ import torch
 from art_edm.models.loading import save_network
 from art_edm.models.unet import ScoreUNet
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_schedule.py"
 SMALL = ["--trajectories=20", "--iterations=6", "--steps=6", "--quiet"]
 

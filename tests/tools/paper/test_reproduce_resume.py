@@ -34,6 +34,8 @@ from paper import context as laboratory, experiments as recipes, run_all as repr
 from paper.tables import ablations, fid_cells as image_cells
 from art_edm.learning.config import PRESETS
 
+pytestmark = pytest.mark.slow
+
 where, place, count, log = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
 laboratory.PRESETS["default"] = replace(PRESETS["default"], iterations=6, batch=16, repeats=4, trajectories=4,
                                         points=12, train_steps=6, keep=32)
