@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import click
 
@@ -12,13 +11,13 @@ from art_edm.runtime.cli import Command
 
 
 @click.command(cls=Command, groups={
-    "Data": "networks mnist cifar10 trust_pickle", "Size": "num seed", "Running": "batch device",
+    "Data": "networks mnist cifar10 trust", "Size": "num seed", "Running": "batch device",
     "Results": "out cache listing quiet",
 })
 @click.argument("names", nargs=-1, metavar="[TABLE|FIGURE|ablation|transfer]...")
 @click.option("--networks", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="DIR",
               help="Folder with NVIDIA's pickles, reference statistics and Inception, under their official names.")
-@click.option("--mnist", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--mnist", type=click.Path(path_type=Path), metavar="DIR", envvar="ART_EDM_MNIST",
               help="Folder with MNIST's four files.  [default: $ART_EDM_MNIST, else a download]")
 @click.option("--cifar10", type=click.Path(exists=True, path_type=Path), metavar="ARCHIVE|DIR",
               help="CIFAR-10 as JPEGs train/CLASS/NNNN.jpg, a folder or a .tar.xz, for `transfer` and the ablations.")
@@ -33,13 +32,11 @@ from art_edm.runtime.cli import Command
               help="auto, cpu or cuda; naming cpu also runs what is meant for a GPU.")
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Where finished work is kept.  [default: the user's cache]")
-@click.option("--trust-pickle", is_flag=True, help="Run the code in network pickles that are not known.")
+@click.option("--trust-pickle", "trust", is_flag=True, help="Run the code in network pickles that are not known.")
 @click.option("--list", "listing", is_flag=True, help="List the experiments and what they lack, and stop.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def main(
-    names: Tuple[str, ...], networks: Optional[Path], mnist: Optional[Path], cifar10: Optional[Path], out: Path,
-    num: Optional[int], seed: int, batch: int, device: str, cache: Optional[Path], trust_pickle: bool, listing: bool,
-    quiet: bool,
+    names: Tuple[str, ...], out: Path, device: str, cache: Optional[Path], listing: bool, quiet: bool, **given: Any
 ) -> int:
     """Run experiments of the paper, all without names, and write a report.
 
@@ -65,14 +62,12 @@ def main(
 
     say = (lambda text: None) if quiet else click.echo
     chosen = select(names)
-    given = mnist or (Path(os.environ["ART_EDM_MNIST"]) if os.environ.get("ART_EDM_MNIST") else None)
     with world(device) as here, GracefulStop() as stop:
         with here.phase():  # everything that can fail early
             check_plotting()
             out.mkdir(parents=True, exist_ok=True)
             store = Store(cache or cache_dir() / "cells")
-        lab = Lab(store, here, out, networks, given, cifar10, num, seed, batch, quiet, device != "auto", trust_pickle,
-                  stop)
+        lab = Lab(store, here, out, quiet=quiet, forced=device != "auto", stop=stop, **given)
         if listing:
             for item in chosen:
                 lacks = [what for found, what, _ in lacking([item], lab) if item.name in found]

@@ -20,7 +20,6 @@ from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.solvers import nfe, supported
 from paper.context import Lab
 from paper.experiments import Experiment
-from paper.kept_runs import Run
 from paper.report import Result
 from paper.tables.empirical_fields import cifar10_images, empirical, mnist_images
 
@@ -62,8 +61,12 @@ def run_transfer(experiment: Experiment, lab: Lab) -> Result:
     runs = {name: lab.run(network) for name, network in known.items()}
     fine = Fine(lab.num or experiment.num)
     columns = [(field, solver, k) for field in known for solver in SOLVERS for k in experiment.steps]
-    found = {row: [_error(row, *column, known, runs, fine, lab) for column in columns]
-             for row in [*known, "edm", "dpm"]}
+
+    def error(row: str, field: str, solver: str, num_steps: int) -> EndPointError:
+        grid = runs[row].grid(num_steps) if row in runs else hand_made(known[field].denoiser, num_steps)[row]
+        return endpoint(known[field], grid, solver, fine, lab)
+
+    found = {row: [error(row, *column) for column in columns] for row in [*known, "edm", "dpm"]}
     own = [found[field][i].rms for i, (field, _, _) in enumerate(columns)]
     result = Result(
         experiment.name, experiment.title, "end-point error (RMS over pixels and noises)",
@@ -91,14 +94,3 @@ def run_transfer(experiment: Experiment, lab: Lab) -> Result:
 
 def _title(row: str) -> str:
     return row if row in ("edm", "dpm") else f"learned on {row}"
-
-
-def _error(
-    row: str, field: str, solver: str, num_steps: int, known: Dict[str, Network], runs: Dict[str, Run], fine: Fine,
-    lab: Lab,
-) -> EndPointError:
-    denoiser = known[field].denoiser
-    grid = runs[row].grid(num_steps) if row in runs else hand_made(denoiser, num_steps)[row]
-    return endpoint(known[field], grid, solver, fine, lab)
-
-
