@@ -2,22 +2,25 @@
 
 Symbols
 -------
-gamma     multiplier of the constraint int v dt = T
-delta_k   V_{k+1} - V_k + r_k dt, with r of equation (13)
-trace     lambda_gae in [0, 1]: the weight of delta_{k+j} in the advantage of step k is trace^j; 0 is (29) itself
-e         terminal error s_N - 1 of each path
+gamma       multiplier of the constraint int v dt = T
+delta_k     V_{k+1} - V_k + r_k dt, with r of equation (13)
+gae_lambda  in [0, 1]: the weight of delta_{k+j} in the advantage of step k is gae_lambda^j; 0 is (29) itself
+e           terminal error s_N - 1 of each path
 """
 
 from __future__ import annotations
 
-from typing import Tuple
+from typing import NamedTuple, Tuple
 
 import torch
 
 from art_edm.learning.policy import Policy
 from art_edm.learning.rollouts import RolloutSettings, Trajectory
 
-__all__ = ["actor_loss", "advantages", "centre", "critic_loss", "multiplier_step", "rewards", "temporal_differences"]
+__all__ = [
+    "Moments", "actor_loss", "adam_step", "advantages", "centre", "critic_loss", "multiplier_step", "rewards",
+    "temporal_differences",
+]
 
 
 def rewards(path: Trajectory, settings: RolloutSettings, gamma: float, penalty: float) -> torch.Tensor:
@@ -38,13 +41,13 @@ def temporal_differences(values: torch.Tensor, reward: torch.Tensor) -> torch.Te
     return following - values + reward
 
 
-def advantages(delta: torch.Tensor, trace: float) -> torch.Tensor:
-    """A_k = delta_k + trace A_{k+1}, [N, B]."""
-    if trace == 0:
+def advantages(delta: torch.Tensor, gae_lambda: float) -> torch.Tensor:
+    """A_k = delta_k + gae_lambda A_{k+1}, [N, B]."""
+    if gae_lambda == 0:
         return delta
     rows = list(delta)
     for k in range(len(rows) - 2, -1, -1):
-        rows[k] = rows[k] + trace * rows[k + 1]
+        rows[k] = rows[k] + gae_lambda * rows[k + 1]
     return torch.stack(rows)
 
 
@@ -53,7 +56,9 @@ def centre(advantage: torch.Tensor, repeats: int) -> torch.Tensor:
 
     Samples differ in what their path costs far more than policies do; a rollout is therefore judged
     against others of its own noise (the set of B / repeats noises is there `repeats` times over), or,
-    with one rollout of each, against all. The factor undoes the shrinkage by a rollout's own share.
+    with one rollout of each, against all. The factor undoes the shrinkage by a rollout's own share where rollouts
+    are independent. Of antithetic ones it is R/(R - 1) too much, as what is odd in the exploration, which alone enters
+    the gradient, has no part in the mean. Training scales the result to unit variance, where no factor matters.
     """
     steps, batch = advantage.shape
     if repeats == 1:
@@ -85,3 +90,28 @@ def multiplier_step(gamma: float, path: Trajectory, rate: float, settings: Rollo
     """gamma + rate (psi_K - T), equation (30), with the mean over paths; returns it and the mean error e."""
     error = float((path.s[-1] - 1).mean())
     return gamma + rate * error * settings.horizon, error
+
+
+class Moments(NamedTuple):
+    """What Adam remembers of the gradients of all weights, as one vector each."""
+
+    count: int  # steps so far
+    mean: torch.Tensor  # of g, [W]
+    square: torch.Tensor  # of g^2, [W]
+
+    @classmethod
+    def zero(cls, weights: torch.Tensor) -> "Moments":
+        """Before the first step."""
+        return cls(0, torch.zeros(len(weights)), torch.zeros(len(weights)))
+
+
+def adam_step(moments: Moments, gradient: torch.Tensor) -> Tuple[torch.Tensor, Moments]:
+    """Adam (1412.6980), algorithm 1: m / (sqrt v + eps) [W], both corrected for their start at zero, and the moments.
+
+    torch.optim's functional form rounds in another order, which would change every learned grid in its last digits;
+    its class imports torch's compiler, 1.2 s.
+    """
+    count, mean = moments.count + 1, moments.mean.lerp(gradient, 0.1)
+    square = moments.square.lerp(gradient.square(), 0.001)
+    scale = (square / (1 - 0.999**count)).sqrt().add(1e-8)
+    return mean / (1 - 0.9**count) / scale, Moments(count, mean, square)

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Critic", "Policy", "SEES", "make_features", "sample_action"]
+__all__ = ["Critic", "Policy", "POLICY_INPUTS", "make_features", "sample_action"]
 
-SEES = {"time": 2, "path": 4, "state": 5}  # features that the policy's network is given
+POLICY_INPUTS = {"time": 2, "path": 4, "state": 5}  # features that the policy's network is given
 
-ALMOST = 1e-4  # what is at least left of a path, so that its speed stays positive
-CLOSE = 3e-3  # resolution of log(1 - s)
-WIDE = {2: 60.0}  # scale of the first layer's start, by its inputs: a function of time alone takes more detail
-WIDTH = {2: 192}  # and costs one evaluation for all paths
+LEAST_LEFT = 1e-4  # what is at least left of a path, so that its speed stays positive
+LOG_RESOLUTION = 3e-3  # resolution of log(1 - s)
+FIRST_SCALE = {2: 60.0}  # scale of the first layer's start, by its inputs: a function of time alone takes more detail
+FIRST_WIDTH = {2: 192}  # and costs one evaluation for all paths
 TABLE = 1.0  # how much faster than the network's weights the table of the steps is learned
 
 
@@ -39,7 +39,7 @@ def make_features(tau: Union[float, torch.Tensor], s: torch.Tensor, q: torch.Ten
 
 
 def _close(u: torch.Tensor) -> torch.Tensor:
-    return (1 - u + CLOSE).clamp_min(CLOSE).log() / -3 - 0.5
+    return (1 - u + LOG_RESOLUTION).clamp_min(LOG_RESOLUTION).log() / -3 - 0.5
 
 
 class _Tanh(nn.Module):
@@ -59,7 +59,7 @@ def _mlp(inputs: int, width: int, generator: torch.Generator) -> nn.Sequential:
     with torch.no_grad():
         for layer in net:
             if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5 * (WIDE.get(inputs, 8.0) if layer is net[0] else 1)
+                bound = layer.in_features**-0.5 * (FIRST_SCALE.get(inputs, 8.0) if layer is net[0] else 1)
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
         net[-1].weight.zero_()
@@ -81,18 +81,18 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, generator: torch.Generator, sees: str = "time", arrive: Optional[float] = None
+        self, generator: torch.Generator, inputs: str = "time", arrive: Optional[float] = None
     ) -> None:
         super().__init__()
-        self.sees, self.arrive, inputs = sees, arrive, SEES[sees]
-        self.net = _mlp(inputs, WIDTH.get(inputs, 48), generator)
-        has_table = sees == "time" and arrive is not None
+        self.inputs, self.arrive, width = inputs, arrive, POLICY_INPUTS[inputs]
+        self.net = _mlp(width, FIRST_WIDTH.get(width, 48), generator)
+        has_table = inputs == "time" and arrive is not None
         self.table = nn.Parameter(torch.zeros(round(1 / arrive))) if has_table else None  # [N]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., B, 5], of one time along B -> mean [..., B]."""
-        seen = features[..., : SEES[self.sees]]
-        if self.sees == "time":
+        seen = features[..., : POLICY_INPUTS[self.inputs]]
+        if self.inputs == "time":
             seen = seen[..., :1, :]  # all B decisions are at the same time
         log_factor = self.net(seen).squeeze(-1)
         if self.table is not None:
@@ -102,7 +102,7 @@ class Policy(nn.Module):
             return log_factor.exp().expand(features.shape[:-1])
         time_left, left = (1 - features[..., 0]) / 2, (1 - features[..., 2]) / 2
         say = 1 - self.arrive / time_left
-        return left.clamp_min(ALMOST) / time_left * (say * log_factor).exp()
+        return left.clamp_min(LEAST_LEFT) / time_left * (say * log_factor).exp()
 
     @torch.no_grad()
     def plan(self, num_steps: int) -> Optional[np.ndarray]:
@@ -110,7 +110,7 @@ class Policy(nn.Module):
 
         None where it sees more, or where paths need not arrive.
         """
-        if self.sees != "time" or self.arrive is None:
+        if self.inputs != "time" or self.arrive is None:
             return None
         tau = torch.arange(num_steps, dtype=torch.float64) / num_steps
         at_start = make_features(tau, torch.zeros_like(tau), torch.zeros_like(tau))[:, None]  # [N, 1, 5]

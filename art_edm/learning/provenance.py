@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -62,7 +61,7 @@ def provenance(
         "network_calls": evaluations * network.denoiser.networks,
         "seconds": sum(seconds.values()), "seconds_by_stage": seconds,
         "seed": config.seed, "network": {"name": network.name, "sha256": network.sha256, **network.details},
-        "versions": versions(), "command": command_line(), "settings": asdict(config),
+        "versions": versions(), "command": command_line(), "settings": config.settings(),
     }
 
 

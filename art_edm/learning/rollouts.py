@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from art_edm.grids.clocks import Clock
-from art_edm.learning.policy import ALMOST, Policy, make_features, sample_action
+from art_edm.learning.policy import LEAST_LEFT, Policy, make_features, sample_action
 from art_edm.measure.dense_paths import advance
 from art_edm.measure.field import Surrogate, surrogate
 from art_edm.measure.profile import Profile
@@ -225,7 +225,7 @@ def _mean_of(policy: Policy, num_steps: int) -> Callable[[int, np.ndarray, np.nd
     """The policy's mean as a function of step, s [B] and q [B]."""
     plan = policy.plan(num_steps)
     if plan is not None:
-        return lambda k, s, q: np.minimum(np.maximum(1 - s, ALMOST), 1) * plan[k]  # a path may start with a step back
+        return lambda k, s, q: np.minimum(np.maximum(1 - s, LEAST_LEFT), 1) * plan[k]  # it may start with a step back
 
     @torch.no_grad()
     def mean(k: int, s: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ norm    |Q|, [M, P]
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Callable, List, Optional, Tuple
 
 import numpy as np
@@ -17,26 +18,34 @@ import torch
 
 from art_edm.grids.clocks import Clock
 from art_edm.measure.field import Surrogate, evaluate, rms, surrogate
-from art_edm.measure.profile import TINY, Profile, smoothed
+from art_edm.measure.profile import TINY, Profile
 from art_edm.models.denoiser import Denoiser
-from art_edm.models.evaluate import FiniteCheck, profile_batch
+from art_edm.models.evaluate import FiniteCheck
 from art_edm.runtime.distributed import ALONE, World
-from art_edm.runtime.memory import with_back_off
 
 __all__ = [
-    "BATCH", "Draw", "OnStep", "advance", "draws", "extrapolated", "measure_along", "measure_enough",
+    "BATCH", "Draw", "OnStep", "PathOptions", "WHOLE", "advance", "draws", "extrapolated", "measure_along",
     "measure_profile", "place_points", "supported_levels", "travel",
 ]
 
 OnStep = Callable[[int], None]
 Draw = Callable[[int], Tuple[torch.Tensor, Optional[torch.Tensor]]]
 BATCH = 8  # few enough for several processes to have some, enough for a network to be busy
-ENOUGH = 8  # trajectories that tell whether more are needed
-MOST = 0.5  # of all |Q|, which one trajectory of a few has somewhere: 0.34 at most on networks, 0.95 where paths jump
 LOG_SHARE = 0.25  # share of the profile's points that is placed by log sigma
 KNOWN_SHARE = 0.75  # of the clock's own share, placed by the optimum where that is known; log sigma then has a fifth
-WIDE = 20  # points of the trajectories that are many because few did not agree
 
+
+@dataclass(frozen=True)
+class PathOptions:
+    """How the trajectories of a measurement are evaluated."""
+
+    class_labels: Optional[torch.Tensor] = None  # one-hot [M, label_dim]
+    batch: int = BATCH  # images per evaluation; processes share out whole batches, so their number changes no rounding
+    on_step: Optional[OnStep] = None  # called with the number of images evaluated so far
+    world: World = ALONE  # processes that share the trajectories; each gets all of the profile
+
+
+WHOLE = PathOptions()  # one process, images of no class
 
 def advance(x: torch.Tensor, point: Surrogate, sigma: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Follow the path from `sigma` to `target`, exactly where D is linear in sigma along it.
@@ -80,8 +89,7 @@ def supported_levels(denoiser: Denoiser, clock: Clock, points: int, known: Optio
 
 
 def measure_profile(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
-    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, options: PathOptions = WHOLE
 ) -> Profile:
     """Travel M trajectories over P noise levels and measure |Q| at each: 3 M P evaluations.
 
@@ -90,9 +98,6 @@ def measure_profile(
         clock: base clock of the quadratures, and for three quarters of the points' placement.
         points: P, at least 2; noise levels from sigma_max to the denoiser's sigma_min. A model of discrete
             levels is measured at those, each once.
-        batch: images per evaluation. The processes share out whole batches, so that their number changes no rounding.
-        on_step: called with the number of images evaluated so far.
-        world: processes that share the trajectories; each gets all of the profile.
     Raises:
         NonFiniteOutput: the denoiser returned NaN or infinity; the message names the noise level.
     """
@@ -111,13 +116,12 @@ def measure_profile(
         return torch.stack(columns, dim=1)  # [b, P]
 
     began = time.perf_counter()
-    norm, evaluations = travel(denoiser, latents, clock, norms, len(levels), batch, class_labels, on_step, world)
+    norm, evaluations = travel(denoiser, latents, clock, norms, len(levels), options)
     return Profile(clock, levels, norm, evaluations, time.perf_counter() - began)
 
 
 def measure_along(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
-    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, options: PathOptions = WHOLE,
     known: Optional[Profile] = None,
 ) -> Profile:
     """As `measure_profile`, from M P evaluations: D is differenced from one level of the trajectory to the next.
@@ -145,7 +149,7 @@ def measure_along(
         return torch.stack(columns, dim=1)  # [b, P - 1]
 
     began = time.perf_counter()
-    norm, evaluations = travel(denoiser, latents, clock, norms, len(levels) - 1, batch, class_labels, on_step, world)
+    norm, evaluations = travel(denoiser, latents, clock, norms, len(levels) - 1, options)
     return Profile(clock, *_with_ends(levels, norm), evaluations, time.perf_counter() - began)
 
 
@@ -159,70 +163,23 @@ def draws(denoiser: Denoiser, generator: torch.Generator) -> Draw:
     return draw
 
 
-def measure_enough(
-    denoiser: Denoiser, draw: Draw, clock: Clock, trajectories: int, points: int, on_step: Optional[OnStep] = None,
-    world: World = ALONE, method: Callable[..., Profile] = measure_along, tolerance: float = 0.0,
-    first: Optional[Profile] = None, keep: Optional[Callable[[Profile], None]] = None,
-) -> Profile:
-    """A profile of a third of the trajectories, and of others only where it leaves its optimum uncertain.
-
-    Where one trajectory somewhere has most of |Q|, a few late jumps decide, and many trajectories must be seen. As
-    |Q| is differenced from level to level, an interval's difference holds all that happens within it, however short:
-    what is left of the evaluations goes to many trajectories of `WIDE` points, placed by what the first third has
-    seen, and `smoothed` joins the two. Elsewhere, and by other methods, the rest are measured like the first third.
-
-    Args:
-        draw: latents and labels of so many new trajectories.
-        trajectories, points: M and P; no more than M P points are measured.
-        method: `measure_along`, or another of its kind.
-        tolerance: how far, as J/J* - 1, the third may be off for the others to be spared; 0 measures all alike.
-        first: what an earlier call with the same arguments, which was stopped, gave to `keep`.
-        keep: takes the third's profile as soon as it is there.
-    """
-    latents, labels = draw(trajectories)
-    few, spent = trajectories // 3, 0
-    batch = profile_batch(denoiser, trajectories, BATCH, world)
-
-    def measure(part: slice, points: int = points, **options: Profile) -> Profile:
-        some = None if labels is None else labels[part]
-        tell = None if on_step is None else lambda done: on_step(spent + done)
-        attempt = lambda batch: method(denoiser, latents[part], clock, points, batch, some, tell, world, **options)
-        return with_back_off(attempt, batch, denoiser.device)
-
-    if not tolerance or few < ENOUGH:
-        return measure(slice(None))
-    found = first or measure(slice(few))
-    if keep and not first:
-        keep(found)
-    spent, jumps = found.evaluations, method is measure_along and found.largest_share > MOST
-    if found.sampling_excess <= tolerance and not jumps:
-        return found
-    if not jumps:
-        return found.joined(measure(slice(few, None)))
-    wide = min(WIDE, points)
-    more, more_labels = draw((trajectories - few) * points // wide - (trajectories - few))
-    latents = torch.cat([latents, more])
-    labels = None if labels is None else torch.cat([labels, more_labels])
-    return smoothed([found, measure(slice(few, None), wide, known=smoothed([found]))])
-
-
 def travel(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, norms: Callable[..., torch.Tensor], width: int, batch: int,
-    class_labels: Optional[torch.Tensor], on_step: Optional[OnStep], world: World,
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, norms: Callable[..., torch.Tensor], width: int,
+    options: PathOptions,
 ) -> Tuple[np.ndarray, int]:
     """|Q| [M, width] by `norms` of each batch, each process on its share of the latents, and all evaluations."""
-    start, count = denoiser.evaluations, len(latents)
+    start, count, batch, world = denoiser.evaluations, len(latents), options.batch, options.world
     full = torch.zeros(count + 1, width, dtype=torch.float64)  # the last row counts evaluations
 
     def tell() -> None:
         world.check()
-        if on_step:
-            on_step(denoiser.evaluations - start)
+        if options.on_step:
+            options.on_step(denoiser.evaluations - start)
 
     with world.phase():
         for a in range(world.rank * batch, count, world.size * batch):
             b = min(a + batch, count)
-            labels = None if class_labels is None else class_labels[a:b]
+            labels = None if options.class_labels is None else options.class_labels[a:b]
             full[a:b] = norms(denoiser.initial(latents[a:b], clock.sigma_max), labels, tell).cpu()
     full[-1, 0] = denoiser.evaluations - start
     full = world.sum(full.to(world.device)).cpu().numpy()

@@ -9,9 +9,11 @@ C_p     RMS(e) / h^(p + 1): takes the place of |Q|, which is C_1 of Euler's meth
 stride  levels of the dense trajectory that a step spans: about as long as a step of the grids that will be used,
         since the law h^(p + 1) holds for short steps only
 
-The dense trajectory is exact next to a step that spans several of its intervals. Its own evaluations are the first
-stage of every step and all the past of multistep solvers, so that those, and Euler's method, cost nothing more; a
-step of Heun's method costs one evaluation more, of RK4 three.
+The dense trajectory must be exact next to a step that spans several of its intervals. `advance` is, but not next to
+RK4's error: there the path is followed by RK4 over every interval, whose error over a step is stride^-4 of the step's
+own. The trajectory's evaluations are the first stage of every step and all the past of
+multistep solvers, so that those, and Euler's method, cost nothing more; a step of Heun's method costs one evaluation
+more, of RK4 three.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ import numpy as np
 import torch
 
 from art_edm.grids.clocks import Clock
-from art_edm.measure.dense_paths import BATCH, OnStep, advance, extrapolated, supported_levels, travel
+from art_edm.measure.dense_paths import WHOLE, PathOptions, advance, extrapolated, supported_levels, travel
 from art_edm.measure.field import Surrogate, evaluate, rms
 from art_edm.measure.profile import Profile
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.evaluate import FiniteCheck
-from art_edm.runtime.distributed import ALONE, World
 from art_edm.sampling.multistep import on_path
-from art_edm.sampling.solvers import SOLVERS, Past, integrate, order_of
+from art_edm.sampling.solvers import SOLVERS, Past, integrate, nfe, order_of
 
-__all__ = ["STRIDE", "at_middles", "measure_errors"]
+__all__ = ["STRIDE", "at_middles", "measure_errors", "path_stages"]
 
 STRIDE = 8
+FINE_STAGES = 4  # evaluations of a step from which on RK4 follows the path
 
 
 class _Point(NamedTuple):
@@ -47,11 +49,10 @@ class _Point(NamedTuple):
 
 
 def measure_errors(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
-    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, options: PathOptions = WHOLE,
     solver: str = "heun", stride: int = STRIDE,
 ) -> Profile:
-    """As `trajectories.measure_along`, with C_p of a solver in place of |Q|.
+    """As `dense_paths.measure_along`, with C_p of a solver in place of |Q|.
 
     C_p of a step belongs to the geometric middle of its levels; beyond the first and the last it is held constant.
 
@@ -60,7 +61,7 @@ def measure_errors(
         stride: levels that a step spans, less than `points`.
     Returns:
         A profile of that solver's order. M P evaluations for Euler and multistep solvers, about 2 M P for Heun,
-        4 M P for RK4.
+        7 M P for RK4.
     Raises:
         ValueError: an unknown solver, or fewer levels than a step spans.
         NonFiniteOutput: the denoiser returned NaN or infinity.
@@ -81,7 +82,10 @@ def measure_errors(
             if k >= stride:
                 end = _step(denoiser, labels, check, solver, list(window)[::-1][::stride][::-1])
                 columns.append(rms(end - x) / length[k - stride] ** (order + 1))
-            if k + 1 < len(levels):
+            if k + 1 < len(levels) and path_stages(solver) > 1:
+                following = _Point(x.new_full((), levels[k + 1]), x, denoised)
+                x = _step(denoiser, labels, check, "rk4", [window[-1], following])
+            elif k + 1 < len(levels):
                 sigma, target = x.new_full((len(x),), level), x.new_full((len(x),), levels[k + 1])
                 x = advance(x, Surrogate(denoised, extrapolated(slopes, levels, k), None), sigma, target)
             tell()
@@ -89,8 +93,13 @@ def measure_errors(
         return torch.stack(columns, dim=1)  # [b, n]
 
     began = time.perf_counter()
-    norm, evaluations = travel(denoiser, latents, clock, norms, len(length), batch, class_labels, on_step, world)
+    norm, evaluations = travel(denoiser, latents, clock, norms, len(length), options)
     return Profile(clock, *at_middles(levels, stride, norm), evaluations, time.perf_counter() - began, order)
+
+
+def path_stages(solver: str) -> int:
+    """Evaluations per level of the dense trajectory on which the errors of `solver` are measured."""
+    return 4 if nfe(solver, 2) - 1 >= FINE_STAGES else 1
 
 
 def at_middles(levels: np.ndarray, stride: int, norm: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Callable, Deque, List, NamedTuple, Optional, Tuple
 
@@ -35,33 +36,42 @@ import numpy as np
 import torch
 
 from art_edm.grids.clocks import Clock
-from art_edm.measure.dense_paths import BATCH, OnStep, supported_levels, travel
+from art_edm.measure.dense_paths import WHOLE, PathOptions, supported_levels, travel
 from art_edm.measure.field import evaluate, rms
 from art_edm.measure.local_errors import STRIDE, at_middles
 from art_edm.measure.profile import TINY, Profile
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.evaluate import FiniteCheck
-from art_edm.runtime.distributed import ALONE, World
 from art_edm.sampling.sde import _advance, _check, _composed, _Noise
 
-__all__ = ["ORDERS_SDE", "TRACERS", "measure_stochastic"]
+__all__ = ["ORDERS_SDE", "SdeErrors", "TRACERS", "measure_stochastic"]
 
 ORDERS_SDE = {"strong": 2, "weak": 1}
 TRACERS = 8  # steps of a dense path whose error is followed to the end
 
 
+@dataclass(frozen=True)
+class SdeErrors:
+    """Which errors of which steps are measured."""
+
+    beta: float = 1.0  # as of `sample_sde`; above 0
+    step: str = "ancestral"  # as of `sample_sde`
+    error: str = "strong"  # a name in `ORDERS_SDE`; weak is for ancestral steps
+    stride: int = STRIDE  # levels of the dense path that a step spans
+    tracers: int = TRACERS  # steps whose error is followed to the path's end; 0: local errors alone, growth 1
+
+
+STRONG = SdeErrors()
+
+
 def measure_stochastic(
-    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, batch: int = BATCH,
-    class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, world: World = ALONE,
-    beta: float = 1.0, step: str = "ancestral", error: str = "strong", stride: int = STRIDE, tracers: int = TRACERS,
+    denoiser: Denoiser, latents: torch.Tensor, clock: Clock, points: int, options: PathOptions = WHOLE,
+    errors: SdeErrors = STRONG,
 ) -> Profile:
     """As `local_errors.measure_errors`, for steps of the SDE along its paths: |e|^2 / h^3, or what is lacking / h^2.
 
-    Args:
-        beta, step: as of `sample_sde`; beta above 0.
-        error: a name in `ORDERS_SDE`; weak is for ancestral steps.
-        tracers: steps, spread over the path, whose error is followed to its end, from which the growth is
-            interpolated in log-log; 0: local errors alone, growth 1.
+    The tracers are spread over the path; between them the growth is interpolated in log-log.
+
     Returns:
         A profile of order 2 (strong) or 1 (weak). M P evaluations, and M P / 2 for each tracer.
     Raises:
@@ -69,6 +79,7 @@ def measure_stochastic(
         NonFiniteOutput: the denoiser returned NaN or infinity.
     """
     levels = supported_levels(denoiser, clock, points)
+    beta, step, error, stride, tracers = astuple(errors)
     order = _order_of(error, beta, step, len(levels), stride)
     length = levels[:-stride] - levels[stride:]  # h, [n]
     launch = np.unique(np.linspace(stride, len(levels) - 1, tracers + 1).astype(int)[:-1])
@@ -77,7 +88,7 @@ def measure_stochastic(
         draw, check, noise = _Noise(x, 0), FiniteCheck(x.device), None
         see = lambda x, level: evaluate(denoiser, x, level, labels, check.see)
         window: Deque[_Point] = deque(maxlen=stride + 1)
-        columns, followed, errors = [], [], []  # sizes; paths that began with an error, and those errors
+        columns, followed, sizes = [], [], []  # sizes; paths that began with an error, and those errors
         for k, level in enumerate(levels):
             window.append(_Point(x, see(x, level), noise))
             if k >= stride:
@@ -85,7 +96,7 @@ def measure_stochastic(
                 columns.append(_size(error, end - x, added) / length[k - stride] ** (order + 1))
                 if k in launch:
                     followed.append(end)
-                    errors.append(rms(end - x))
+                    sizes.append(rms(end - x))
             if k + 1 < len(levels):
                 noise = draw()
                 part = _composed([noise], levels[k:k + 2], beta, step)
@@ -94,12 +105,12 @@ def measure_stochastic(
                 x = move(x, window[-1].denoised)
             tell()
         check.settle()
-        ends = [torch.where(e > TINY, rms(other - x) / (e + TINY), 1.0) for other, e in zip(followed, errors)]
+        ends = [torch.where(e > TINY, rms(other - x) / (e + TINY), 1.0) for other, e in zip(followed, sizes)]
         growth = _interpolated(ends, levels[launch], levels[stride:]) if ends else 1.0
         return torch.stack(columns, dim=1).cpu() * growth**2
 
     start = time.perf_counter()
-    norm, evaluations = travel(denoiser, latents, clock, norms, len(length), batch, class_labels, on_step, world)
+    norm, evaluations = travel(denoiser, latents, clock, norms, len(length), options)
     return Profile(clock, *at_middles(levels, stride, norm), evaluations, time.perf_counter() - start, order)
 
 

@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Dict, Mapping, Optional
 
 from art_edm.grids.grid import Grid
-from art_edm.learning.config import TrainConfig
-from art_edm.learning.training import train
+from art_edm.measure.objectives import Objective, measure_objective
 from art_edm.measure.profile import Profile
 from art_edm.models.denoiser import Denoiser
 from art_edm.refining.config import RefineConfig
 from art_edm.refining.noise_sets import draw_noises
 from art_edm.refining.refine import RefineResult, refine
+from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import ALONE, World
 from art_edm.runtime.memory import with_back_off
 from art_edm.runtime.pieces import Pieces
 from art_edm.runtime.progress import Count
+from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import fitted
 
-__all__ = ["OWN", "RefineConfig", "refined_grids", "start_state", "starts"]
+__all__ = ["OWN", "RefineConfig", "refined_grids", "starts"]
 
 OWN = "own local errors"
 
@@ -44,22 +45,21 @@ def refined_grids(
     states: Mapping[int, Path] = {}, resume: bool = False, quiet: bool = True, world: World = ALONE,
     own_clock: bool = True, pieces: Optional[Pieces] = None,
 ) -> Dict[int, RefineResult]:
-    """For each K the grid refined for `solver`; errors as of `refine` and `train`.
+    """For each K the grid refined for `solver`; errors as of `refine` and `measure_objective`.
 
     Args:
         grids: K -> the grid that nothing may be worse than.
         count: told of each piece of work, of stage "start", "ends" (if several K share their noises) or "refine".
-        states: K -> file for the state of its refinement; that of the other clock is in `<the first>.start`.
+        states: K -> file for the state of its refinement; the other clock is in a store in the folder of the first.
         pieces: what a run that was killed had found of exact ends, and where this one keeps what it finds.
         own_clock: False where the grids are those of the solver's own local errors already.
     """
     own, noises = None, None
     if own_clock and max(grids) > 1:
         began, first = time.perf_counter(), next(iter(states.values()), None)
-        other = TrainConfig(method="direct", solver=solver, seed=config.seed)
-        result = train(denoiser, other, identity, first and start_state(first), resume, quiet, world)
-        own = result.profile
-        count("start", began, sum(result.evaluations.values()))
+        context = Context(world, Store(first and first.parent), quiet, identity)
+        own = measure_objective(denoiser, Objective(solver, seed=config.seed), context)
+        count("start", began, own.evaluations)
     if len(grids) > 1:
         began, top = time.perf_counter(), next(iter(grids.values())).sigma_max
         draw = lambda batch: draw_noises(denoiser, replace(config, batch=batch), top, quiet, world, pieces=pieces)
@@ -72,8 +72,3 @@ def refined_grids(
         found[k] = refine(denoiser, grid, solver, config, identity, states.get(k), *more)
         count("refine", began, found[k].evaluations)
     return found
-
-
-def start_state(state: Path) -> Path:
-    """Where the other clock's measurement keeps its state."""
-    return state.with_name(f"{state.name}.start")

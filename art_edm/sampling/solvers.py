@@ -29,14 +29,15 @@ from art_edm.sampling import multistep
 from art_edm.sampling.multistep import Past, Rule, Slope, Step, denoised_step, limited, slopes_step
 
 __all__ = [
-    "OnStep", "Past", "SOLVERS", "Slope", "Solver", "Step", "euler_step", "fitted", "heun_step", "integrate", "nfe",
-    "order_of", "rk4_step", "sample", "slope_of", "supported",
+    "OnStep", "Past", "SOLVERS", "Slope", "Solver", "Step", "check_steps", "euler_step", "fitted", "heun_step",
+    "integrate", "nfe", "noise_levels", "order_of", "rk4_step", "sample", "slope_of", "supported",
 ]
 
 OnStep = Callable[[int, float, torch.Tensor], None]
 
 # How far above the model's sigma_max a grid may start: EDM's rule returns 80 only up to rounding.
 SIGMA_MAX_SLACK = 1e-6
+PROBES = 1 << 14  # levels at which a model's rounding is tried; ones that are closer than 0.1 % may be missed
 
 
 def euler_step(
@@ -241,11 +242,39 @@ def supported(denoiser: Denoiser, grid: Grid) -> Grid:
 
 
 def fitted(denoiser: Denoiser, grid: Grid) -> Grid:
-    """As `supported`, for a learned grid: a last level below the model's lowest is raised to that.
+    """As `supported`, for a learned grid: levels that collide, or that the model has not, move to free ones nearby.
 
-    Raises a ValueError where two levels are below, as there are then more steps than the model has levels for.
+    Of a model of discrete levels each moves to one of its levels, the closest strictly descending ones in the order of
+    levels. Of another, those below its lowest are spaced evenly in log sigma from the last one above, down to it.
+
+    Raises a ValueError where there are more steps than levels, as `check_steps` does before any work.
     """
-    values, low = grid.values.copy(), denoiser.sigma_limits[0]
-    if len(values) > 2 and values[-2] < low < values[-3]:
-        values[-2] = low
-    return supported(denoiser, Grid(values))
+    values, low, levels = grid.values[:-1].copy(), denoiser.sigma_limits[0], noise_levels(denoiser)
+    below = int((values <= low).sum())
+    if levels is not None:
+        check_steps(denoiser, len(values))
+        rounded = denoiser.round_sigma(torch.tensor(np.maximum(values, levels[-1]))).cpu().numpy()
+        index = np.abs(levels[None] - rounded[:, None]).argmin(axis=1) - np.arange(len(values))
+        upper, lower = np.maximum.accumulate(index), np.minimum.accumulate(index[::-1])[::-1]
+        moved = ((upper + lower) // 2).clip(index[0], len(levels) - len(values))
+        values = levels[moved + np.arange(len(values))]
+    elif 0 < below < len(values):
+        values[-below:] = np.geomspace(values[-below - 1], low, below + 1)[1:]
+    return supported(denoiser, Grid(np.append(values, 0.0)))
+
+
+def noise_levels(denoiser: Denoiser) -> Optional[np.ndarray]:
+    """The levels [L] of a model of discrete ones, from its sigma_max down; None where any level will do."""
+    low, high = max(denoiser.sigma_limits[0], 1e-4 * denoiser.sigma_min), denoiser.sigma_max
+    probes = torch.tensor(np.geomspace(low, high, PROBES))
+    rounded = torch.cat([denoiser.round_sigma(part).cpu() for part in probes.split(1024)]).numpy()
+    levels = np.unique(rounded[(rounded >= low) & (rounded <= high * (1 + SIGMA_MAX_SLACK))])[::-1]
+    return levels if len(levels) < PROBES // 2 else None
+
+
+def check_steps(denoiser: Denoiser, num_steps: int) -> None:
+    """Raise a ValueError where a grid would have more steps than the model has levels."""
+    levels = noise_levels(denoiser)
+    if levels is not None and num_steps > len(levels):
+        raise ValueError(f"found {num_steps} steps, but the network has {len(levels)} noise levels from "
+                         f"{levels[0]:g} to {levels[-1]:g}; use at most {len(levels)} steps")

@@ -24,7 +24,7 @@ from PIL import Image
 
 from art_edm.grids.clocks import GaussianClock
 from art_edm.learning.training import PRESETS, train
-from art_edm.measure.dense_paths import measure_along, measure_profile
+from art_edm.measure.dense_paths import PathOptions, measure_along, measure_profile
 from art_edm.measure.profile import Profile, smoothed
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import load_network
@@ -65,7 +65,7 @@ def curve(denoiser: Denoiser, reference: Profile, seeds: int) -> List[Dict[str, 
         latents, labels = noises(denoiser, max(TRAJECTORIES), 2000 + seed)
         for cost, measure, sizes in ((1, measure_along, POINTS), (3, measure_profile, THREE)):
             for points in sizes:
-                whole = measure(denoiser, latents, clock, points, batch=16, class_labels=labels)
+                whole = measure(denoiser, latents, clock, points, PathOptions(labels, 16))
                 for count in TRAJECTORIES:
                     score = excess(replace(whole, norm=whole.norm[:count], _fine={}), reference)
                     rows.append({"trajectories": count, "points": points, "evaluations_per_point": cost, "seed": seed,
@@ -114,7 +114,7 @@ def reference_profile(denoiser: Denoiser, many: int, points: int, quick: bool, k
         return Profile(clock, content["sigma"], content["norm"], int(content["evaluations"]), 0.0)
     latents, labels = noises(denoiser, many, 10**6)
     measure = measure_along if quick else measure_profile
-    profile = measure(denoiser, latents, clock, points, batch=32, class_labels=labels)
+    profile = measure(denoiser, latents, clock, points, PathOptions(labels, 32))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.savez(kept, sigma=profile.sigma, norm=profile.norm, evaluations=profile.evaluations)
@@ -124,13 +124,13 @@ def reference_profile(denoiser: Denoiser, many: int, points: int, quick: bool, k
 def floor_of(denoiser: Denoiser, standard: Profile, many: int, points: int) -> Dict[str, Any]:
     """Score of the optimum of a profile with far more trajectories: what the reference's own few hold against any."""
     latents, labels = noises(denoiser, many, 777_000)
-    profile = measure_along(denoiser, latents, standard.clock, points, batch=32, class_labels=labels)
+    profile = measure_along(denoiser, latents, standard.clock, points, PathOptions(labels, 32))
     return {"profile": f"{many}x{points}", "J_over_J_star": excess(smoothed([profile]), standard)}
 
 
 def default_run(denoiser: Denoiser, standard: Profile, seed: int) -> Dict[str, Any]:
     """Scores of the default run: of its learned clock, and of its profile's own optimum (--method=direct)."""
-    result = train(denoiser, replace(PRESETS["default"], seed=seed))
+    result = train(denoiser, PRESETS["default"].changed(seed=seed))
     values = result.learned.sigma(np.linspace(0, 1, 4097))
     values[0], values[-1] = standard.horizon, 0.0
     return {"seed": seed, "J_over_J_star": standard.cost(values) / standard.optimum,

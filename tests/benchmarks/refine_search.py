@@ -20,10 +20,9 @@ import torch
 
 from art_edm.grids.clocks import make_clock
 from art_edm.grids.grid import Grid, edm, edm_unpinned
-from art_edm.learning.config import TrainConfig
-from art_edm.learning.training import train
 from art_edm.measure.dense_paths import measure_along
 from art_edm.measure.field import rms
+from art_edm.measure.objectives import Objective, measure_objective
 from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import load_network
@@ -128,7 +127,7 @@ def searched(denoiser: Denoiser, solver: str, k: int, iterations: int, batch: in
 
 def refined(denoiser: Denoiser, solver: str, k: int, config: RefineConfig) -> Dict[str, np.ndarray]:
     """The refined grid; what the other clock to start from costs is not counted."""
-    own = train(denoiser, TrainConfig(method="direct", solver=solver)).profile
+    own = measure_objective(denoiser, Objective(solver))
     result = refine(denoiser, start_of(denoiser, k), solver, config, others=starts(denoiser, own, k))
     cost = {"evaluations": result.evaluations, "seconds": result.seconds, "iterations": len(result.history) - 1}
     return {**arrays(cost), **judged(denoiser, solver, refined=result.grid)}

@@ -5,7 +5,6 @@ Run by hand: python tests/benchmarks/rl_scores.py [oned gaussian anisotropic mni
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -15,7 +14,7 @@ import torch
 
 from art_edm.grids.clocks import GaussianClock, make_clock
 from art_edm.learning.training import PRESETS, TrainConfig, TrainResult, live, train
-from art_edm.measure.dense_paths import measure_profile
+from art_edm.measure.dense_paths import PathOptions, measure_profile
 from art_edm.measure.profile import Profile
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.denoiser import Denoiser
@@ -37,7 +36,7 @@ def reference(denoiser: Denoiser, config: TrainConfig) -> Profile:
     shape = (4 * config.trajectories, *denoiser.img_shape)
     latents = torch.randn(shape, generator=generator, dtype=torch.float64)
     clock = GaussianClock(denoiser.sigma_max, denoiser.sigma_data)
-    return measure_profile(denoiser, latents, clock, 4 * config.points, batch=128)
+    return measure_profile(denoiser, latents, clock, 4 * config.points, options=PathOptions(batch=128))
 
 
 def score(result: TrainResult, profile: Profile) -> float:
@@ -68,9 +67,9 @@ def cases(which: Tuple[str, ...]) -> List[Tuple[str, Denoiser, TrainConfig]]:
     if "wrong" in which:
         for name in ("gaussian", "mnist"):
             denoiser = fields[name]()
-            wide = replace(default, clock_sigma_data=3 * denoiser.sigma_data)
+            wide = default.changed(clock_sigma_data=3 * denoiser.sigma_data)
             found.append((f"{name}, sigma_data x 3", denoiser, wide))
-            found.append((f"{name}, EDM clock", denoiser, replace(default, clock="edm")))
+            found.append((f"{name}, EDM clock", denoiser, default.changed(clock="edm")))
     if "live" in which:
         found.append(("mnist, live", fields["mnist"](), live(default)))
     return found
@@ -90,7 +89,7 @@ def main(which: Tuple[str, ...], seeds: int, out: Optional[Path]) -> None:
             profiles[field] = reference(denoiser, config)
         profile = profiles[field]
         for seed in range(1 if config.rollout == "live" else seeds):
-            result = train(denoiser, replace(config, seed=seed))
+            result = train(denoiser, config.changed(seed=seed))
             own = result.profile.direct(4096).values
             record = {
                 "case": name, "seed": seed, "start": base_score(config, denoiser, profile),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib.util
+import json
 import os
 import random
 import sys
@@ -28,9 +29,11 @@ import click
 import torch
 
 from art_edm.grids.grid import load_grid
+from art_edm.learning.training import CHECKPOINT
 from art_edm.models.loading import load_network
 from art_edm.runtime.cli import versions
 from art_edm.runtime.files import write_json
+from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -108,8 +111,9 @@ def one_kill(stage: str, delay: float, folder: Path, expected: Dict[str, bytes])
     if not killed.died or killed.stage == "end":
         return None
     intact = whole_or_absent(folder, expected)
-    checkpoint = folder / "g2.ckpt"
-    iteration = torch.load(checkpoint, weights_only=True)["iteration"] if checkpoint.exists() else None
+    unfinished = folder / "g2.unfinished"
+    content = Store(unfinished).load(CHECKPOINT) if unfinished.is_dir() else None
+    iteration = None if content is None else json.loads(str(content["plain"]))["iteration"]
     status, said = finished(folder, [*LONG, "--resume"])
     (folder / "marks.txt").unlink()
     clean = sorted(path.suffix for path in folder.iterdir()) == [".json"] * len(expected) + [".npy"] * len(expected)

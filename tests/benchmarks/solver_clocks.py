@@ -18,9 +18,8 @@ import torch
 from paper.tables.empirical_fields import cifar10_images, empirical, mnist_images
 
 from art_edm.grids.grid import Grid, edm, edm_unpinned, save_grid
-from art_edm.learning.config import TrainConfig
-from art_edm.learning.training import train
 from art_edm.measure.field import rms
+from art_edm.measure.objectives import Objective, measure_objective
 from art_edm.measure.profile import Profile
 from art_edm.models.loading import Network, load_network
 from art_edm.refining.config import Drawn
@@ -68,7 +67,7 @@ class Bench:
     def profile(self, solver: Optional[str] = None) -> Profile:
         """Of |Q|, or of a solver's local errors."""
         if solver not in self.profiles:
-            self.profiles[solver] = train(self.denoiser, TrainConfig(method="direct", solver=solver)).profile
+            self.profiles[solver] = measure_objective(self.denoiser, Objective(solver))
         return self.profiles[solver]
 
     def rule(self, steps: int) -> Grid:

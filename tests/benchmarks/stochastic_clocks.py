@@ -29,7 +29,7 @@ from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import Grid
 from art_edm.measure.dense_paths import measure_along
 from art_edm.measure.field import rms
-from art_edm.measure.sde_errors import measure_stochastic
+from art_edm.measure.sde_errors import SdeErrors, measure_stochastic
 from art_edm.metrics.detectors import load_detector
 from art_edm.metrics.frechet import moments
 from art_edm.metrics.mnist import load_mnist
@@ -98,11 +98,11 @@ def draw(denoiser: Denoiser, count: int, seed: int) -> torch.Tensor:
 def grids_of(denoiser: Denoiser, beta: float, step: str) -> Dict[str, Callable[[int], np.ndarray]]:
     """Rule -> K -> levels."""
     clock, noises = GaussianClock(denoiser.sigma_max, denoiser.sigma_data), draw(denoiser, LEARNING, 5)
-    measured = {"strong": measure_stochastic(denoiser, noises, clock, 85, beta=beta, step=step)}
+    measured = {"strong": measure_stochastic(denoiser, noises, clock, 85, errors=SdeErrors(beta, step))}
     if hasattr(denoiser, "variance"):
-        measured["local"] = measure_stochastic(denoiser, noises, clock, 85, beta=beta, step=step, tracers=0)
+        measured["local"] = measure_stochastic(denoiser, noises, clock, 85, errors=SdeErrors(beta, step, tracers=0))
     if step == "ancestral":
-        measured["weak"] = measure_stochastic(denoiser, noises, clock, 85, beta=beta, step=step, error="weak")
+        measured["weak"] = measure_stochastic(denoiser, noises, clock, 85, errors=SdeErrors(beta, step, "weak"))
     measured["art"] = measure_along(denoiser, noises, clock, 85)
     rules = {name: lambda k, p=p: fitted(denoiser, p.direct(k)).values for name, p in measured.items()}
     if step == "euler":

@@ -19,7 +19,7 @@ from art_edm.learning.actor_critic import (
     rewards,
     temporal_differences,
 )
-from art_edm.learning.policy import SEES, Critic, Policy, make_features
+from art_edm.learning.policy import POLICY_INPUTS, Critic, Policy, make_features
 from art_edm.learning.rollouts import CachedEnvironment, RolloutSettings, Trajectory, rollout
 from art_edm.measure.profile import Profile
 
@@ -83,7 +83,7 @@ def gradients(loss: torch.Tensor, net: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("arrive", [None, 1 / N])
-@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("sees", POLICY_INPUTS)
 def test_actor_gradient_is_that_of_the_log_density(sees, arrive):
     policy, advantage = randomise(Policy(generator(), sees, arrive), std=0.1), draw(N, B, seed=6)
 
@@ -129,14 +129,14 @@ def test_critic_vanishes_at_the_end_and_the_policy_arrives():
     critic, s, q = randomise(Critic(generator())), torch.linspace(0, 1.2, 9).double(), draw(9).exp()
     assert critic(make_features(1.0, s, q).float()).abs().max() == 0
     assert critic(make_features(0.5, s, q).float()).abs().max() > 1e-3
-    for steps, sees in itertools.product((4, 64), SEES):
+    for steps, sees in itertools.product((4, 64), POLICY_INPUTS):
         policy = randomise(Policy(generator(), sees, 1 / steps))
         last, left = make_features(1 - 1 / steps, s[:7], q[:7]), 1 - s[:7]
         torch.testing.assert_close(policy(last.float()).double(), left * steps, rtol=1e-4, atol=1e-4)
         earlier = policy(make_features(0.25, s[:7], q[:7]).float()).double()
         assert (earlier / (left / 0.75) - 1).abs().max() > 1e-2  # there the network has a say
     along = make_features(0.25, torch.full((3,), 0.25).double(), q[:3]).float()
-    for sees, arrive in itertools.product(SEES, (None, 1 / 8)):  # v = 1 along the base clock before training
+    for sees, arrive in itertools.product(POLICY_INPUTS, (None, 1 / 8)):  # v = 1 along the base clock before training
         torch.testing.assert_close(Policy(generator(), sees, arrive)(along), torch.ones(3))
 
 

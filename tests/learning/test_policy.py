@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from art_edm.grids.clocks import LinearClock
-from art_edm.learning.policy import SEES, Critic, Policy, make_features
+from art_edm.learning.policy import POLICY_INPUTS, Critic, Policy, make_features
 from art_edm.learning.rollouts import CachedEnvironment, RolloutSettings, Trajectory, rollout
 from art_edm.measure.profile import Profile
 
@@ -63,9 +63,9 @@ def test_the_plan_is_the_mean_at_every_point_of_a_path():
     assert np.abs(plan[:-1] * (1 - np.arange(N - 1) / N) - 1).max() > 0.05  # elsewhere it has
 
 
-@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("sees", POLICY_INPUTS)
 def test_what_each_kind_sees(sees):
-    policy, s = lively(sees=sees), torch.full((5,), 0.3).double()
+    policy, s = lively(inputs=sees), torch.full((5,), 0.3).double()
     q = torch.ones(5).double()
     factor = lambda tau, s, q: policy(make_features(tau, s, q).float()) / (1 - s)
     here = factor(0.25, s, q)
@@ -81,7 +81,7 @@ def test_what_each_kind_sees(sees):
 
 
 def test_only_time_alone_that_arrives_has_a_plan():
-    kinds = list(itertools.product(SEES, (None, 1 / N)))
+    kinds = list(itertools.product(POLICY_INPUTS, (None, 1 / N)))
     assert [kind for kind in kinds if Policy(generator(), *kind).plan(N) is not None] == [("time", 1 / N)]
 
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
-from dataclasses import replace
-from typing import Callable, Optional
+from pathlib import Path
+from typing import Any, Dict, Optional
 
+import numpy as np
 import pytest
 import torch
 
 from art_edm.grids.clocks import EdmClock, make_clock
 from art_edm.learning import training
-from art_edm.learning.training import PRESETS, CheckpointMismatch, TrainConfig, TrainResult, train
+from art_edm.learning.training import CHECKPOINT, PRESETS, CheckpointMismatch, TrainConfig, TrainResult, train
 from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser
+from art_edm.runtime.context import Context
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
+from art_edm.runtime.store import Store
 
-SHORT = replace(
-    PRESETS["default"], iterations=12, batch=8, repeats=2, train_steps=16, trajectories=4, points=8, keep=32, rounds=2,
+SHORT = PRESETS["default"].changed(
+    iterations=12, batch=8, repeats=2, train_steps=16, trajectories=4, points=8, distill_paths=32, rounds=2,
 )
-LIVE = replace(SHORT, rollout="live", iterations=6, train_steps=8)
-PAPER = replace(PRESETS["paper"], iterations=6, trajectories=4, points=8, keep=4)
+LIVE = SHORT.changed(rollout="live", iterations=6, train_steps=8)
+PAPER = PRESETS["paper"].changed(iterations=6, trajectories=4, points=8, distill_paths=4)
 CONFIGS = {
-    "cached": SHORT, "live": LIVE, "paper": PAPER, "three rounds": replace(SHORT, rounds=3, iterations=10),
-    "by path": replace(SHORT, sees="path", shared=False, iterations=4),
+    "cached": SHORT, "live": LIVE, "paper": PAPER, "three rounds": SHORT.changed(rounds=3, iterations=10),
+    "by path": SHORT.changed(policy_inputs="path", path_differences=False, iterations=4),
 }
 
 
@@ -51,94 +55,106 @@ def whole() -> dict:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_seed_same_bytes(name, whole):
     assert bits(train(gaussian(), CONFIGS[name])) == whole[name]
-    other = bits(train(gaussian(), replace(CONFIGS[name], seed=1)))
+    other = bits(train(gaussian(), CONFIGS[name].changed(seed=1)))
     assert other[0] != whole[name][0] and other[3] != whole[name][3]
 
 
 def test_seeds_change_the_rollouts_and_not_the_profile_alone():
     """Here nothing but the rollouts' own noise depends on the seed: a live run in units of its own."""
-    config = replace(LIVE, normalise=False, temperature=1e-4)
-    paths = [train(gaussian(), replace(config, seed=seed, iterations=1)).history[0]["cost"] for seed in (0, 1, 2)]
+    config = LIVE.changed(normalise=False, temperature=1e-4)
+    paths = [train(gaussian(), config.changed(seed=seed, iterations=1)).history[0]["cost"] for seed in (0, 1, 2)]
     assert len(set(paths)) == 3
 
 
-def kill_before(monkeypatch, iteration: int, error: Optional[Callable] = None) -> None:
+def context(folder: Path, identity: str = "a Gaussian", **more: Any) -> Context:
+    return Context(store=Store(folder), identity=identity, **more)
+
+
+def kept(folder: Path) -> Optional[Dict[str, Any]]:
+    """What the checkpoint holds of plain values."""
+    content = Store(folder).load(CHECKPOINT)
+    return None if content is None else json.loads(str(content["plain"]))
+
+
+def killed_at(iteration: int):
     """End the process before this iteration."""
-    original = training._Run._iterate
-
-    def iterate(self, *args):
-        if self.state.iteration == iteration:
-            if error is None:
-                raise Killed
-            error()
-        original(self, *args)
-
-    monkeypatch.setattr(training._Run, "_iterate", iterate)
+    def kill(done: int) -> None:
+        if done == iteration:
+            raise Killed
+    return kill
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_resumed_after_any_iteration_gives_the_same_bits(name, whole, tmp_path, monkeypatch):
+def test_continued_after_any_iteration_gives_the_same_bits(name, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)  # after every iteration
-    config, checkpoint = CONFIGS[name], tmp_path / "state"
-    for iteration in range(config.iterations):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_before(patch, iteration)
-            train(gaussian(), config, checkpoint=checkpoint)
-        assert torch.load(checkpoint, weights_only=True)["iteration"] == iteration
-        assert bits(train(gaussian(), config, checkpoint=checkpoint, resume=True)) == whole[name]
-        assert bits(train(gaussian(), config, checkpoint=checkpoint, resume=True)) == whole[name]  # nothing left to do
-        checkpoint.unlink()
+    config = CONFIGS[name]
+    for iteration in range(1, config.iterations):
+        folder = tmp_path / str(iteration)
+        with pytest.raises(Killed):
+            train(gaussian(), config, context(folder), killed_at(iteration))
+        assert kept(folder)["iteration"] == iteration
+        fresh = []
+        assert bits(train(gaussian(), config, context(folder), fresh.append)) == whole[name]
+        assert fresh == list(range(iteration, config.iterations))  # nothing finished is done twice
+        assert bits(train(gaussian(), config, context(folder), killed_at(0))) == whole[name]  # nothing left to do
 
 
 def test_killed_again_and_again(whole, tmp_path, monkeypatch):
     """Checkpoints older than the kill, several kills in one run, and one that falls on the round's boundary."""
-    checkpoint = tmp_path / "state"
     for iteration, every in ((2, 0), (5, 3), (6, 1), (7, 1), (11, 4)):
+        due = lambda what, content, n=every: n and json.loads(str(content["plain"]))["iteration"] % n == 0
+        store = Sparing(tmp_path, due)
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_before(patch, iteration)
-            original = training._Run.save
-            due = lambda run: run.state.iteration == 0 or (every and run.state.iteration % every == 0)
             patch.setattr(training, "SAVE_SECONDS", -1.0)
-            patch.setattr(training._Run, "save", lambda run: due(run) and original(run))
-            train(gaussian(), SHORT, checkpoint=checkpoint, resume=True)
-    assert torch.load(checkpoint, weights_only=True)["iteration"] == 8  # not 11: three iterations were lost
-    assert bits(train(gaussian(), SHORT, checkpoint=checkpoint, resume=True)) == whole["cached"]
+            train(gaussian(), SHORT, Context(store=store, identity="a Gaussian"), killed_at(iteration))
+    assert kept(tmp_path)["iteration"] == 8  # not 11: three iterations were lost
+    assert bits(train(gaussian(), SHORT, context(tmp_path))) == whole["cached"]
+
+
+class Sparing(Store):
+    """A store that writes a checkpoint only where `due`."""
+
+    def __init__(self, folder, due):
+        super().__init__(folder)
+        self.due = due
+
+    def save(self, what, content):
+        if what != CHECKPOINT or self.due(what, content):
+            super().save(what, content)
 
 
 def test_checkpoint_holds_nothing_in_vain(whole, tmp_path, monkeypatch):
     """The comparison would notice a part of the state that is missing."""
     monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
-    kept, damaged = tmp_path / "kept", tmp_path / "damaged"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_before(patch, 9)
-        train(gaussian(), SHORT, checkpoint=kept)
-    content = torch.load(kept, weights_only=True)
-    fresh = training._Run(gaussian(), SHORT, "", None, True)
-    fresh._begin_round(1)
-    parts = {name: part.state_dict() for name, part in fresh.state.parts.items()}
-    changes = {name: {"parts": {**content["parts"], name: part}} for name, part in parts.items()}
-    changes.update({name: {name: value} for name, value in {
-        "gamma": content["gamma"] + 1e-9, "iteration": 8, "knots": [], "paths": content["paths"][:-1],
-        "history": content["history"][1:], "evaluations": 3,
-    }.items()})
+    with pytest.raises(Killed):
+        train(gaussian(), SHORT, context(tmp_path), killed_at(9))
+    content = Store(tmp_path).load(CHECKPOINT)
+    plain = json.loads(str(content["plain"]))
+    changes: Dict[str, Dict[str, np.ndarray]] = {
+        name: {name: np.zeros_like(content[name])} for name in content if name.startswith(("policy.", "critic."))
+    }
+    assert len(changes) == 2 * 4  # weights, and Adam's count, mean and square
+    changes.update({"paths": {"paths": content["paths"][:-1]}, "knots.0": {"knots.0": content["knots.0"] ** 1.01}})
+    for name, value in (("gamma", plain["gamma"] + 1e-9), ("iteration", 8), ("history", plain["history"][1:]),
+                        ("evaluations", 3)):
+        changes[name] = {"plain": np.array(json.dumps({**plain, name: value}))}
     for name, change in changes.items():
-        torch.save({**content, **change}, damaged)
-        assert bits(train(gaussian(), SHORT, checkpoint=damaged, resume=True)) != whole["cached"], name
-    torch.save(content, damaged)
-    assert bits(train(gaussian(), SHORT, checkpoint=damaged, resume=True)) == whole["cached"]
+        Store(tmp_path).save(CHECKPOINT, {**content, **change})
+        assert bits(train(gaussian(), SHORT, context(tmp_path))) != whole["cached"], name
+    Store(tmp_path).save(CHECKPOINT, content)
+    assert bits(train(gaussian(), SHORT, context(tmp_path))) == whole["cached"]
 
 
 @pytest.mark.parametrize("name, iteration", [("cached", 4), ("live", 2)])
-def test_stopped_politely(name, iteration, whole, tmp_path, monkeypatch):
-    checkpoint = tmp_path / "state"
+def test_stopped_politely(name, iteration, whole, tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
-        kill_before(patch, iteration, lambda: signal.raise_signal(signal.SIGINT))
-        train(gaussian(), CONFIGS[name], checkpoint=checkpoint)
+    with pytest.raises(Stopped) as stopped:
+        train(gaussian(), CONFIGS[name], context(tmp_path),
+              lambda done: signal.raise_signal(signal.SIGINT) if done == iteration else None)
     assert f"after {iteration + 1} of {CONFIGS[name].iterations}" in str(stopped.value)
-    assert f"saved in {checkpoint}, continue with --resume" in str(stopped.value)
+    assert f"saved in {tmp_path}, run the same command again to continue" in str(stopped.value)
     assert signal.getsignal(signal.SIGINT) is before
-    assert bits(train(gaussian(), CONFIGS[name], checkpoint=checkpoint, resume=True)) == whole[name]
+    assert bits(train(gaussian(), CONFIGS[name], context(tmp_path))) == whole[name]
 
 
 class Interrupting(GaussianDenoiser):
@@ -154,13 +170,12 @@ class Interrupting(GaussianDenoiser):
 
 
 def test_stopped_while_measuring_the_profile(whole, tmp_path):
-    checkpoint = tmp_path / "state"
-    with pytest.raises(Stopped, match="while measuring the profile; saved"):
-        train(gaussian(Interrupting), SHORT, checkpoint=checkpoint)
-    assert bits(train(gaussian(), SHORT, checkpoint=checkpoint, resume=True)) == whole["cached"]
+    with pytest.raises(Stopped, match=f"while measuring the profile; finished parts are in {tmp_path}"):
+        train(gaussian(Interrupting), SHORT, context(tmp_path))
+    assert bits(train(gaussian(), SHORT, context(tmp_path))) == whole["cached"]
     with pytest.raises(Stopped) as stopped:
         train(gaussian(Interrupting), SHORT)
-    assert "saved" not in str(stopped.value)  # there is no file to be saved in
+    assert "finished parts" not in str(stopped.value)  # there is no file to be saved in
 
 
 def jumping() -> EmpiricalDenoiser:
@@ -171,10 +186,10 @@ def jumping() -> EmpiricalDenoiser:
 @pytest.mark.parametrize("kind, wide", [(gaussian, False), (jumping, True)])
 def test_killed_while_measuring_it_keeps_the_first_third(kind, wide, tmp_path, monkeypatch):
     """Whether the rest are as the first or many short ones: same bytes, and the first third is not measured again."""
-    config = replace(SHORT, method="direct", trajectories=24, points=30, tolerance=1e-12)
+    config = SHORT.changed(method="direct", trajectories=24, points=30, tolerance=1e-12)
     alone = train(kind(), config).profile
     assert (len(alone.norm) > 24) == wide
-    model, checkpoint, original = kind(), tmp_path / "state", type(kind()).denoise
+    model, original = kind(), type(kind()).denoise
 
     def failing(self, *args):
         if self is model and self.evaluations > 300:
@@ -184,51 +199,62 @@ def test_killed_while_measuring_it_keeps_the_first_third(kind, wide, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "denoise", failing)
         with pytest.raises(Killed):
-            train(model, config, checkpoint=checkpoint)
+            train(model, config, context(tmp_path))
     model = kind()
-    again = train(model, config, checkpoint=checkpoint, resume=True).profile
+    again = train(model, config, context(tmp_path)).profile
     assert again.norm.tobytes() == alone.norm.tobytes() and again.evaluations == alone.evaluations
     assert model.evaluations == alone.evaluations - 8 * 30
 
 
-def test_without_resume_a_run_starts_again(whole, tmp_path):
-    checkpoint = tmp_path / "state"
-    train(gaussian(), replace(SHORT, seed=5), checkpoint=checkpoint)
-    assert bits(train(gaussian(), SHORT, checkpoint=checkpoint)) == whole["cached"]
-    checkpoint.unlink()
-    assert bits(train(gaussian(), SHORT, checkpoint=checkpoint, resume=True)) == whole["cached"]  # nothing to resume
+def test_unfinished_work_of_other_settings_is_left_aside(whole, tmp_path, capsys):
+    """And named, unless all are to be quiet; an error is made of it where the context resumes."""
+    train(gaussian(), SHORT.changed(seed=5), context(tmp_path))
+    assert bits(train(gaussian(), SHORT, context(tmp_path, quiet=False))) == whole["cached"]
+    assert capsys.readouterr().err.strip() == (
+        f"{tmp_path} holds a run with seed=5, this run has seed=0; starting at the beginning")
+    assert bits(train(gaussian(), SHORT, context(tmp_path / "new", resume=True))) == whole["cached"]  # nothing there
+
+
+def test_a_context_without_identity_finds_nothing(tmp_path):
+    """Two networks cannot be told apart: what one left is not taken for the other's, on disk or in memory."""
+    for store in (Store(tmp_path), Store()):
+        here = Context(store=store)
+        first = train(gaussian(), SHORT, here)
+        other = GaussianDenoiser(0.0, 4.0, (1, 2, 2))
+        assert bits(train(other, SHORT, here)) == bits(train(other, SHORT)) != bits(first)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"seed": 3}, "was made with seed=0, this run has seed=3"),
-    ({"batch": 16}, "was made with batch=8, this run has batch=16"),
-    ({"clock": "edm"}, "was made with clock=gaussian, this run has clock=edm"),
-    ({"clock_sigma_data": 0.7}, "was made with clock_sigma_data=None, this run has clock_sigma_data=0.7"),
+    ({"seed": 3}, "holds a run with seed=0, this run has seed=3"),
+    ({"batch": 16}, "holds a run with batch=8, this run has batch=16"),
+    ({"clock": "edm"}, "holds a run with clock=gaussian, this run has clock=edm"),
+    ({"clock_sigma_data": 0.7}, "holds a run with clock_sigma_data=None, this run has clock_sigma_data=0.7"),
 ])
-def test_checkpoint_of_other_settings_is_refused(change, message, tmp_path):
-    checkpoint = tmp_path / "state"
-    train(gaussian(), replace(SHORT, iterations=2), "net-a", checkpoint)
-    content = checkpoint.read_bytes()
+def test_checkpoint_of_other_settings_is_refused_where_one_resumes(change, message, tmp_path):
+    config = SHORT.changed(iterations=2)
+    train(gaussian(), config, context(tmp_path))
+    before = Store(tmp_path).path(CHECKPOINT).read_bytes()
     with pytest.raises(CheckpointMismatch, match=message) as found:
-        train(gaussian(), replace(SHORT, iterations=2, **change), "net-a", checkpoint, resume=True)
-    assert "without --resume" in str(found.value) and str(checkpoint) in str(found.value)
-    with pytest.raises(CheckpointMismatch, match="network=net-a, this run has network=net-b"):
-        train(gaussian(), replace(SHORT, iterations=2), "net-b", checkpoint, resume=True)
-    assert checkpoint.read_bytes() == content
-    train(gaussian(), replace(SHORT, iterations=2), "net-a", checkpoint, resume=True)
+        train(gaussian(), config.changed(**change), context(tmp_path, resume=True))
+    assert "leave --resume out" in str(found.value) and str(tmp_path) in str(found.value)
+    with pytest.raises(CheckpointMismatch, match="network=a Gaussian, this run has network=net-b"):
+        train(gaussian(), config, context(tmp_path, "net-b", resume=True))
+    assert Store(tmp_path).path(CHECKPOINT).read_bytes() == before
+    train(gaussian(), config, context(tmp_path, resume=True))
 
 
-@pytest.mark.parametrize("damage", ["garbage", "empty", "truncated", "foreign"])
-def test_file_that_is_no_checkpoint_is_refused(damage, tmp_path):
-    checkpoint = tmp_path / "state"
-    train(gaussian(), replace(SHORT, iterations=2), checkpoint=checkpoint)
-    if damage == "foreign":
-        torch.save({"weights": torch.zeros(3)}, checkpoint)
+@pytest.mark.parametrize("damage", ["garbage", "empty", "truncated", "pickle"])
+def test_a_damaged_checkpoint_costs_time_only(damage, whole, tmp_path):
+    train(gaussian(), SHORT, context(tmp_path))
+    path = Store(tmp_path).path(CHECKPOINT)
+    if damage == "pickle":
+        torch.save({"weights": torch.zeros(3)}, path)
     else:
-        content = checkpoint.read_bytes()
-        checkpoint.write_bytes({"garbage": b"garbage", "empty": b"", "truncated": content[: len(content) // 2]}[damage])
-    with pytest.raises(CheckpointMismatch, match="is not a checkpoint .*remove it"):
-        train(gaussian(), replace(SHORT, iterations=2), checkpoint=checkpoint, resume=True)
+        content = path.read_bytes()
+        path.write_bytes({"garbage": b"garbage", "empty": b"", "truncated": content[: len(content) // 2]}[damage])
+    done = []
+    assert bits(train(gaussian(), SHORT, context(tmp_path, resume=True), done.append)) == whole["cached"]
+    assert done == list(range(12))
 
 
 class Failing(GaussianDenoiser):
@@ -248,16 +274,17 @@ class Failing(GaussianDenoiser):
 @pytest.mark.parametrize("calls", [3, 8, 9, 200, 500, 800])
 def test_failing_network_leaves_a_checkpoint_from_which_a_good_one_goes_on(calls, whole, tmp_path):
     """Calls: one for each of 8 points of the profile, then 34 for each of 4 noises in each iteration."""
-    checkpoint, model = tmp_path / "state", gaussian(Failing)
+    model = gaussian(Failing)
     model.limit = calls
     with pytest.raises(NonFiniteOutput) as failed:
-        train(model, LIVE, checkpoint=checkpoint)
+        train(model, LIVE, context(tmp_path))
     assert f"sigma = {model.failed_at:.6g}" in str(failed.value)
-    assert f"What was learned so far is in {checkpoint}" in str(failed.value)
-    content = torch.load(checkpoint, weights_only=True)
-    assert content["iteration"] == max(0, calls - 8) // (4 * 34)
-    assert ("profile" in content) == (calls >= 8)
-    assert bits(train(gaussian(), LIVE, checkpoint=checkpoint, resume=True))[:4] == whole["live"][:4]
+    assert (f"What was learned so far is in {tmp_path}" in str(failed.value)) == (calls >= 8)
+    assert (kept(tmp_path) or {"iteration": None})["iteration"] == ((calls - 8) // (4 * 34) if calls >= 8 else None)
+    again = gaussian()
+    assert bits(train(again, LIVE, context(tmp_path)))[:4] == whole["live"][:4]
+    done = 0 if calls < 8 else 4 * 8 + (calls - 8) // (4 * 34) * 4 * 34 * 3 // 2
+    assert again.evaluations <= 4 * 8 + 6 * 8 * 3 * 17 - done
     shutil.rmtree(tmp_path)
     model = gaussian(Failing)
     model.limit = calls
@@ -267,11 +294,11 @@ def test_failing_network_leaves_a_checkpoint_from_which_a_good_one_goes_on(calls
 
 
 def test_direct_method_learns_nothing(tmp_path):
-    config = replace(SHORT, method="direct")
-    result = train(gaussian(), config, checkpoint=tmp_path / "state")
+    config = SHORT.changed(method="direct")
+    result = train(gaussian(), config, context(tmp_path))
     assert result.learned is None and result.terminal_error is None and not result.history
     assert result.evaluations == {"step": 0, "profile": 4 * 8, "rl": 0}
-    again = train(gaussian(Failing), config, checkpoint=tmp_path / "state", resume=True)  # needs no call any more
+    again = train(gaussian(Failing), config, context(tmp_path))  # needs no call any more
     assert again.profile.norm.tobytes() == result.profile.norm.tobytes()
 
 

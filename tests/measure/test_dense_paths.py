@@ -11,7 +11,7 @@ import torch
 
 from art_edm.grids.clocks import GaussianClock
 from art_edm.measure import dense_paths as profile_module
-from art_edm.measure.dense_paths import advance, measure_along, measure_profile, place_points
+from art_edm.measure.dense_paths import PathOptions, advance, measure_along, measure_profile, place_points
 from art_edm.measure.profile import Profile
 from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser, one_dimensional
 from art_edm.models.denoiser import Denoiser
@@ -127,7 +127,7 @@ def test_ends_without_curvature_or_neighbours_are_held():
 def test_one_evaluation_per_point(batch):
     model, z, seen = anisotropic(), draw(7, *SHAPE), []
     model(z, 1.0)  # what came before is not the profile's
-    profile = measure_along(model, z, CLOCK, points=6, batch=batch, on_step=seen.append)
+    profile = measure_along(model, z, CLOCK, 6, PathOptions(None, batch, seen.append))
     assert profile.evaluations == 7 * 6 == seen[-1] == model.evaluations - 7
     assert seen == sorted(set(seen)) and len(seen) == 6 * -(-7 // batch)
     assert measure_profile(model, z, CLOCK, points=6).evaluations == 3 * 7 * 6
@@ -135,7 +135,7 @@ def test_one_evaluation_per_point(batch):
 
 def test_batches_change_nothing():
     model, z = anisotropic(), draw(5, *SHAPE)
-    one, two = (measure_along(model, z, CLOCK, 6, batch=b).norm for b in (64, 2))
+    one, two = (measure_along(model, z, CLOCK, 6, options=PathOptions(batch=b)).norm for b in (64, 2))
     np.testing.assert_allclose(one, two, rtol=1e-12)
     assert not np.allclose(one[:2], two[2:4], rtol=1e-3)
 
@@ -154,7 +154,7 @@ class TwoClasses(Denoiser):
 def test_each_trajectory_has_its_own_label(batch):
     z, labels = draw(2, *SHAPE), torch.eye(2)
     profile, swapped = (
-        measure_along(TwoClasses(1, 3), z, CLOCK, 128, batch, class_labels=each) for each in (labels, labels.flip(0))
+        measure_along(TwoClasses(1, 3), z, CLOCK, 128, PathOptions(each, batch)) for each in (labels, labels.flip(0))
     )
     middle = profile.sigma[(profile.sigma > 0.3) & (profile.sigma < 50)]
     size = z.square().mean(dim=(1, 2, 3)).sqrt().numpy()

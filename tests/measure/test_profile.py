@@ -11,7 +11,7 @@ from scipy.integrate import quad, solve_ivp
 
 from art_edm.grids.clocks import GaussianClock, LinearClock
 from art_edm.grids.grid import Grid, edm, uniform
-from art_edm.measure.dense_paths import advance, measure_profile
+from art_edm.measure.dense_paths import PathOptions, advance, measure_profile
 from art_edm.measure.field import DIFFERENCE_STEP, Surrogate
 from art_edm.measure.profile import Profile
 from art_edm.models.analytic import GaussianDenoiser, one_dimensional
@@ -216,7 +216,7 @@ def test_evaluations_are_three_per_point(batch):
     model, z = anisotropic(), draw(7, *SHAPE)
     model(z, 1.0)  # what came before is not the profile's
     seen = []
-    profile = measure_profile(model, z, GaussianClock(80.0, 1.0), points=5, batch=batch, on_step=seen.append)
+    profile = measure_profile(model, z, GaussianClock(80.0, 1.0), 5, PathOptions(None, batch, seen.append))
     assert profile.evaluations == 3 * 7 * 5 == seen[-1]
     assert seen == sorted(set(seen)) and len(seen) == 5 * -(-7 // batch)
     assert profile.norm.shape == (7, 5) and profile.seconds > 0
@@ -225,7 +225,7 @@ def test_evaluations_are_three_per_point(batch):
 
 def test_batches_change_nothing():
     model, z = anisotropic(), draw(5, *SHAPE)
-    one, two = (measure_profile(model, z, GaussianClock(80.0, 1.0), 6, batch=b).norm for b in (64, 2))
+    one, two = (measure_profile(model, z, GaussianClock(80.0, 1.0), 6, PathOptions(batch=b)).norm for b in (64, 2))
     np.testing.assert_allclose(one, two, rtol=1e-12)
     assert not np.allclose(one[:2], two[2:4], rtol=1e-3)
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from art_edm.grids.clocks import GaussianClock, LinearClock
-from art_edm.measure.dense_paths import measure_enough, measure_profile
+from art_edm.measure.dense_paths import draws, measure_profile
+from art_edm.measure.objectives import STREAM, Objective, expected_evaluations, measure_objective
 from art_edm.measure.profile import Profile
 from art_edm.models.analytic import GaussianDenoiser
+from art_edm.sampling.noise import seeded_generator
 
 TOP = 4.0
 LEVELS = np.geomspace(TOP, 1e-4, 60)
@@ -78,15 +80,14 @@ def field(spread: float) -> GaussianDenoiser:
 
 def test_all_are_measured_only_where_a_third_is_not_enough():
     """Of a method that looks at points, the rest like the third; of differences from level to level, see elsewhere."""
-    latents = torch.randn((24, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    draw = lambda count: (latents[:count], None)
     for spread, tolerance, expected in ((0.0, 0.002, 8), (2.0, 0.002, 24), (0.0, 0.0, 24), (2.0, 10.0, 8)):
-        seen = []
-        denoiser, clock = field(spread), GaussianClock(80.0, 1.0)
-        profile = measure_enough(
-            denoiser, draw, clock, 24, 20, on_step=seen.append, method=measure_profile, tolerance=tolerance)
-        assert len(profile.norm) == expected and profile.evaluations == 3 * 20 * expected == seen[-1]
-        assert seen == sorted(seen)
-        whole = measure_profile(field(spread), latents, clock, 20)
+        denoiser = field(spread)
+        objective = Objective(None, 24, 20, tolerance, path_differences=False, seed=1)
+        profile = measure_objective(denoiser, objective)
+        assert len(profile.norm) == expected
+        assert profile.evaluations == denoiser.evaluations == 3 * 20 * expected
+        assert denoiser.evaluations in expected_evaluations(objective)
+        latents, _ = draws(denoiser, seeded_generator(1, STREAM))(24)
+        whole = measure_profile(field(spread), latents, GaussianClock(80.0, denoiser.sigma_data), 20)
         np.testing.assert_array_equal(profile.norm, whole.norm[:expected])
     assert replace(profile, norm=profile.norm[:3]).sampling_excess == float("inf")

@@ -7,19 +7,23 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Optional, Tuple
+from typing import Tuple
 
 import numpy as np
 import pytest
 import torch
 
 from art_edm.grids.clocks import GaussianClock, LinearClock
-from art_edm.measure import dense_paths as trajectories
+from art_edm.measure import objectives
 from art_edm.measure import profile as profile_module
-from art_edm.measure.dense_paths import WIDE, measure_along, measure_enough, place_points
+from art_edm.measure.dense_paths import PathOptions, draws, measure_along, place_points
+from art_edm.measure.objectives import SHORT_POINTS, STREAM, Objective, measure_objective
 from art_edm.measure.profile import TINY, Profile, smoothed
 from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser
-from art_edm.runtime.distributed import World
+from art_edm.models.denoiser import Denoiser
+from art_edm.runtime.context import Context
+from art_edm.runtime.distributed import ALONE, World
+from art_edm.sampling.noise import seeded_generator
 
 TOP = 4.0
 LEVELS = np.append(np.linspace(TOP, 0.01, 400), 1e-4)
@@ -123,16 +127,15 @@ def test_levels_are_placed_by_what_is_known():
     assert np.abs(plain - levels).max() > 0.3
 
 
-class Draws:
-    """Latents from one generator, and how many were asked for."""
+def latents_of(model: Denoiser, seed: int, *counts: int) -> Tuple[torch.Tensor, ...]:
+    """The noises that a measurement with this seed draws, one batch after the other."""
+    draw = draws(model, seeded_generator(seed, STREAM))
+    return tuple(draw(count)[0] for count in counts)
 
-    def __init__(self, shape: Tuple[int, ...], seed: int) -> None:
-        self.shape, self.counts = shape, []
-        self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, count: int) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        self.counts.append(count)
-        return torch.randn((count, *self.shape), generator=self.generator, dtype=torch.float64), None
+def measured(model: Denoiser, seed: int, points: int, tolerance: float = 0.002, world: World = ALONE) -> Profile:
+    """Of 24 trajectories at most."""
+    return measure_objective(model, Objective(None, 24, points, tolerance, seed=seed), Context(world))
 
 
 @pytest.fixture(scope="module")
@@ -143,24 +146,31 @@ def empirical() -> EmpiricalDenoiser:
     return EmpiricalDenoiser((centres.repeat(4, 1, 1, 1) + 0.4 * near).clamp(-1, 1))
 
 
-def test_many_trajectories_where_few_do_not_agree(empirical):
+def test_many_trajectories_where_few_do_not_agree(empirical, monkeypatch):
+    """Of three draws of noise; which ones decides by how much many short trajectories win."""
+    def drawn_by(seed):
+        generator = torch.Generator().manual_seed(seed)
+        shape = empirical.img_shape
+        draw = lambda count: (torch.randn((count, *shape), generator=generator, dtype=torch.float64), None)
+        monkeypatch.setattr(objectives, "draws", lambda denoiser, own: draw)
+        return draw
+
     clock = GaussianClock(80.0, empirical.sigma_data)
     latents = torch.randn((1000, 1, 4, 4), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    truth = measure_along(empirical, latents, clock, 100, batch=500)
+    truth = measure_along(empirical, latents, clock, 100, options=PathOptions(batch=500))
     losses = {"two stages": [], "alike": []}
     for seed in range(3):
-        draw, seen = Draws(empirical.img_shape, seed), []
-        found = measure_enough(empirical, draw, clock, 24, 85, seen.append, tolerance=0.002)
-        wide = 16 * 85 // WIDE
-        assert draw.counts == [24, wide - 16] and len(found.norm) == 8 + wide
-        assert found.evaluations == seen[-1] == 8 * 85 + wide * WIDE <= 24 * 85 and seen == sorted(seen)
-        alike = measure_enough(empirical, Draws(empirical.img_shape, seed), clock, 24, 85)  # tolerance 0: one kind
+        drawn_by(seed)
+        found, wide = measured(empirical, seed, 85), 16 * 85 // SHORT_POINTS
+        assert len(found.norm) == 8 + wide and found.evaluations == 8 * 85 + wide * SHORT_POINTS <= 24 * 85
+        drawn_by(seed)
+        alike = measured(empirical, seed, 85, tolerance=0.0)  # one kind
         assert alike.norm.shape[0] == 24 and alike.evaluations == 24 * 85
         losses["two stages"].append(excess(found, truth))
         losses["alike"].append(excess(alike, truth))
     assert np.mean(losses["alike"]) > 2 * np.mean(losses["two stages"]), losses
     assert all(b > 1.5 * a for a, b in zip(losses["two stages"], losses["alike"])), losses
-    by_few = measure_along(empirical, Draws(empirical.img_shape, 0)(8)[0], clock, 85)
+    by_few = measure_along(empirical, drawn_by(0)(8)[0], clock, 85)
     assert by_few.largest_share > 0.9 and excess(by_few, truth) > 2 * losses["two stages"][0]
 
 
@@ -178,6 +188,9 @@ class Part(World):
         self.barrier.wait()
         return total
 
+    def share(self, value):
+        return value  # of a store that each has in its own memory, empty
+
     def check(self) -> None:
         pass
 
@@ -187,32 +200,27 @@ class Part(World):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_number_of_processes_changes_no_byte(empirical, size):
-    clock, barrier, sums = GaussianClock(80.0, empirical.sigma_data), threading.Barrier(size), [None] * size
-
-    def measure(world: World) -> Profile:
-        return measure_enough(copy.deepcopy(empirical), Draws(empirical.img_shape, 0), clock, 24, 30, None, world,
-                              tolerance=0.002)
-
+    barrier, sums = threading.Barrier(size), [None] * size
+    measure = lambda world: measured(copy.deepcopy(empirical), 0, 30, world=world)
     alone = measure(World())
     with ThreadPoolExecutor(size) as pool:
         found = list(pool.map(lambda rank: measure(Part(rank, sums, barrier)), range(size)))
-    assert len(alone.norm) == 8 + 16 * 30 // WIDE and alone.evaluations == 24 * 30
+    assert len(alone.norm) == 8 + 16 * 30 // SHORT_POINTS and alone.evaluations == 24 * 30
     for each in found:
         assert each.norm.tobytes() == alone.norm.tobytes() and each.evaluations == alone.evaluations
-    assert measure_enough(empirical, Draws(empirical.img_shape, 1), clock, 24, 30,
-                          tolerance=0.002).norm.tobytes() != alone.norm.tobytes()
+    assert measured(empirical, 1, 30).norm.tobytes() != alone.norm.tobytes()
 
 
 def test_trajectories_that_differ_without_jumps_get_more_of_their_kind(monkeypatch):
-    model, clock = GaussianDenoiser(0.0, torch.logspace(-2, 2, 4).reshape(1, 2, 2), (1, 2, 2)), GaussianClock(80.0, 1.0)
-    draw = Draws(model.img_shape, 0)
-    found = measure_enough(model, draw, clock, 24, 40, tolerance=1e-5)
-    whole = measure_along(model, Draws(model.img_shape, 0)(24)[0], clock, 40)
-    assert draw.counts == [24] and found.evaluations == 24 * 40
+    model = GaussianDenoiser(0.0, torch.logspace(-2, 2, 4).reshape(1, 2, 2), (1, 2, 2))
+    clock = GaussianClock(80.0, model.sigma_data)
+    found = measured(model, 0, 40, 1e-5)
+    whole = measure_along(model, latents_of(model, 0, 24)[0], clock, 40)
+    assert found.evaluations == 24 * 40
     np.testing.assert_array_equal(found.norm[:, 1:-1], whole.norm[:, 1:-1])  # the ends are extrapolated in parts
-    monkeypatch.setattr(trajectories, "MOST", 1 / 9)
-    many = measure_enough(model, Draws(model.img_shape, 0), clock, 24, 40, tolerance=1e-5)
-    assert len(many.norm) == 8 + 16 * 40 // WIDE and many.evaluations == 24 * 40
+    monkeypatch.setattr(objectives, "JUMP_SHARE", 1 / 9)
+    many = measured(model, 0, 40, 1e-5)
+    assert len(many.norm) == 8 + 16 * 40 // SHORT_POINTS and many.evaluations == 24 * 40
 
 
 def test_the_largest_share():
@@ -225,9 +233,7 @@ def test_the_largest_share():
 
 def test_a_field_whose_trajectories_agree_is_left_as_it_was():
     model, clock = GaussianDenoiser(0.0, 0.25, (1, 8, 8)), GaussianClock(80.0, 0.5)
-    draw = Draws(model.img_shape, 0)
-    found = measure_enough(model, draw, clock, 24, 30, tolerance=0.002)
-    latents, _ = Draws(model.img_shape, 0)(24)
-    assert draw.counts == [24] and found.evaluations == 8 * 30
+    found, (latents,) = measured(model, 0, 30), latents_of(model, 0, 24)
+    assert found.evaluations == 8 * 30
     assert found.norm.tobytes() == measure_along(model, latents[:8], clock, 30).norm.tobytes()
     assert found.norm.tobytes() != measure_along(model, latents[8:16], clock, 30).norm.tobytes()

@@ -8,8 +8,8 @@ import torch
 
 from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import Grid
-from art_edm.measure.dense_paths import measure_along, place_points
-from art_edm.measure.sde_errors import measure_stochastic
+from art_edm.measure.dense_paths import PathOptions, measure_along, place_points
+from art_edm.measure.sde_errors import SdeErrors, measure_stochastic
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.sampling.sde import sample_sde
 from art_edm.sampling.solvers import integrate, sample, slope_of
@@ -108,7 +108,7 @@ def linear(levels: np.ndarray, beta: float, step: str) -> np.ndarray:
 def test_the_error_of_a_step_is_that_of_its_coefficients(beta, step, error):
     net, stride, points = GaussianDenoiser(0.0, V, (1, 8, 8)), 6, 90
     settings = dict(beta=beta, step=step, stride=stride)
-    profile = measure_stochastic(net, draw(160), clock(), points, error=error, tracers=0, **settings)
+    profile = measure_stochastic(net, draw(160), clock(), points, errors=SdeErrors(error=error, tracers=0, **settings))
     assert net.evaluations == 160 * points and profile.order == {"strong": 2, "weak": 1}[error]
     levels = place_points(clock(), net.sigma_min, points)
     for k in (40, 60, 80):
@@ -133,15 +133,15 @@ def test_the_laws_of_short_steps():
     strong = 4 / sigma**2 * (V / u) ** 2 * 2 * sigma / 3 * (1 - 1 / n) * (1 - 1 / (2 * n))
     weak = 4 * V / u * (1 - 1 / n)
     for error, expected in (("strong", strong), ("weak", weak)):
-        profile = measure_stochastic(net, latents, clock(), 700, error=error, stride=n, tracers=0)
+        profile = measure_stochastic(net, latents, clock(), 700, errors=SdeErrors(error=error, stride=n, tracers=0))
         np.testing.assert_allclose(profile.norms(sigma).mean(axis=0), expected, rtol=0.08)
 
 
 def test_growth_is_how_the_sde_forgets():
     net, stride, points = GaussianDenoiser(0.0, V, (1, 8, 8)), 4, 200
-    local = measure_stochastic(net, draw(10), clock(), points, stride=stride, tracers=0)
+    local = measure_stochastic(net, draw(10), clock(), points, errors=SdeErrors(stride=stride, tracers=0))
     before = net.evaluations
-    whole = measure_stochastic(net, draw(10), clock(), points, stride=stride, tracers=40)
+    whole = measure_stochastic(net, draw(10), clock(), points, errors=SdeErrors(stride=stride, tracers=40))
     assert net.evaluations - before == pytest.approx(10 * points * 21, rel=0.05)
     levels = place_points(clock(), net.sigma_min, points)
     found = (whole.norm.mean(axis=0) / local.norm.mean(axis=0))[1:-1]  # at the levels where steps end
@@ -154,8 +154,9 @@ def test_growth_is_how_the_sde_forgets():
 @pytest.mark.parametrize("error, column, near", [("strong", 0, 1.03), ("weak", 1, 1.06)])
 def test_the_clock_is_near_the_best_of_all_grids(error, column, near):
     net, noises = GaussianDenoiser(0.0, V, (1, 8, 8)), draw(12)
-    profile = measure_stochastic(net, noises, clock(), 85, error=error)
-    art, local = measure_along(net, noises, clock(), 85), measure_stochastic(net, noises, clock(), 85, tracers=0)
+    profile = measure_stochastic(net, noises, clock(), 85, errors=SdeErrors(error=error))
+    art = measure_along(net, noises, clock(), 85)
+    local = measure_stochastic(net, noises, clock(), 85, errors=SdeErrors(tracers=0))
     size = lambda levels: abs(gaussian_errors(levels, V, 1.0, "ancestral")[column])
     for k in (5, 10):
         own = profile.direct(k).values
@@ -184,7 +185,7 @@ def test_noise_belongs_to_the_image():
     every = sample_sde(net, draw(5), GRID, seed=3)
     torch.testing.assert_close(sample_sde(net, draw(5)[3:], GRID, seed=3), every[3:], rtol=0, atol=0)
     assert not torch.equal(sample_sde(net, draw(5), GRID, seed=4), every)
-    small, large = (measure_stochastic(net, draw(5), clock(), 40, batch=batch).norm for batch in (2, 8))
+    small, large = (measure_stochastic(net, draw(5), clock(), 40, PathOptions(batch=batch)).norm for batch in (2, 8))
     np.testing.assert_array_equal(small, large)
     assert len(np.unique(large[:, 5])) == 5
 
@@ -193,10 +194,10 @@ def test_noise_belongs_to_the_image():
     (lambda net: sample_sde(net, draw(1), GRID, step="heun"), "heun"),
     (lambda net: sample_sde(net, draw(1), GRID, -1.0), "beta"),
     (lambda net: sample_sde(net, draw(1), GRID, path=np.array([80.0, 1.0, 0.0])), "lacks a level"),
-    (lambda net: measure_stochastic(net, draw(1), clock(), 40, beta=0.0), "beta"),
+    (lambda net: measure_stochastic(net, draw(1), clock(), 40, errors=SdeErrors(beta=0.0)), "beta"),
     (lambda net: measure_stochastic(net, draw(1), clock(), 9), "at least 10"),
-    (lambda net: measure_stochastic(net, draw(1), clock(), 40, error="mean"), "'mean'"),
-    (lambda net: measure_stochastic(net, draw(1), clock(), 40, step="euler", error="weak"), "euler"),
+    (lambda net: measure_stochastic(net, draw(1), clock(), 40, errors=SdeErrors(error="mean")), "'mean'"),
+    (lambda net: measure_stochastic(net, draw(1), clock(), 40, errors=SdeErrors(step="euler", error="weak")), "euler"),
 ])
 def test_what_cannot_be_is_refused(call, message):
     net = GaussianDenoiser(0.0, V, (1, 8, 8))

@@ -14,7 +14,7 @@ import torch
 from art_edm.grids.clocks import make_clock
 from art_edm.grids.grid import Grid, edm
 from art_edm.learning.rollouts import LiveEnvironment
-from art_edm.measure.dense_paths import measure_profile
+from art_edm.measure.dense_paths import PathOptions, measure_profile
 from art_edm.measure.field import surrogate
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.nvlabs import AdapterError, NetworkDenoiser
@@ -176,7 +176,7 @@ def test_training_uses_each_trajectory_s_own_label():
     denoiser = NetworkDenoiser(LabelledNet(label_dim=2))
     clock = make_clock("gaussian", 80.0, 0.5)
     z = noise(2)
-    profile = measure_profile(denoiser, z, clock, 40, class_labels=torch.eye(2))
+    profile = measure_profile(denoiser, z, clock, 40, options=PathOptions(class_labels=torch.eye(2)))
     for row, std in enumerate((0.2, 1.2)):
         exact = GaussianDenoiser(0.0, std**2, img_shape=(1, 4, 4))
         exact.sigma_min, exact.pinned = 0.002, True

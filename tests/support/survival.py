@@ -31,9 +31,10 @@ atexit.register(tell, "end")
 sys.argv[0] = sys.argv.pop(1)
 import art_edm.learning.training as training
 training.SAVE_SECONDS = -1.0
-measure, learn = training._Run.measure, training._Run.learn
-training._Run.measure = lambda run, stop: tell("profile") and measure(run, stop)
-training._Run.learn = lambda run, stop: (tell("rl"), learn(run, stop), tell("write"))
+import art_edm.schedule as schedule
+measure, train = training.measure_objective, schedule.train
+training.measure_objective = lambda *args: (tell("profile"), measure(*args), tell("rl"))[1]
+schedule.train = lambda *args: (train(*args), tell("write"))[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

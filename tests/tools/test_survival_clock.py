@@ -6,18 +6,18 @@ import io
 import random
 import re
 import time
-from dataclasses import replace
 
 import pytest
 
-from art_edm.learning import training
 from art_edm.learning.config import PRESETS
 from art_edm.learning.training import train
 from art_edm.models.analytic import GaussianDenoiser
+from art_edm.runtime.context import Context
 from art_edm.runtime.progress import Progress
+from art_edm.runtime.store import Store
 
-CONFIG = replace(
-    PRESETS["default"], iterations=8, batch=8, repeats=2, train_steps=16, trajectories=4, points=8, keep=32, rounds=2,
+CONFIG = PRESETS["default"].changed(
+    iterations=8, batch=8, repeats=2, train_steps=16, trajectories=4, points=8, distill_paths=32, rounds=2,
 )
 CLOCKS = ("time", "monotonic", "perf_counter")
 HOURS = 3600.0
@@ -60,20 +60,19 @@ def bits(result):
 
 
 @pytest.mark.parametrize("rollout", ["cached", "live"])
-def test_the_same_bytes_whatever_the_clocks_show(jump, tmp_path, monkeypatch, rollout):
-    config = replace(CONFIG, rollout=rollout)
+def test_the_same_bytes_whatever_the_clocks_show(jump, tmp_path, rollout):
+    config = CONFIG.changed(rollout=rollout)
     whole = bits(train(GaussianDenoiser(0.0, 0.25, (1, 2, 2)), config))
-    real = training._Run._iterate
 
-    def iterate(run, *args):  # rollouts on the profile call no network
-        jump.now += (-4, 7, -9)[run.state.iteration % 3]
-        real(run, *args)
+    def leap(done):  # rollouts on the profile call no network
+        jump.now += (-4, 7, -9)[done % 3]
 
-    monkeypatch.setattr(training._Run, "_iterate", iterate)
+    context = Context(store=Store(tmp_path), identity="jumping")
     for seed in range(2):
-        assert bits(train(jumping(jump, seed), config, checkpoint=tmp_path / "state")) == whole
-        assert bits(train(jumping(jump, seed), config, checkpoint=tmp_path / "state", resume=True)) == whole
-    assert bits(train(jumping(jump, 0), replace(config, seed=1)))[0] != whole[0]
+        assert bits(train(jumping(jump, seed), config, context, leap)) == whole
+        assert bits(train(jumping(jump, seed), config, context, leap)) == whole  # from what the first has left
+        context.store.remove()
+    assert bits(train(jumping(jump, 0), config.changed(seed=1)))[0] != whole[0]
 
 
 def shown(progress, steps, jump, jumps):

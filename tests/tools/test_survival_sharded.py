@@ -9,7 +9,6 @@ from tests.tools.test_survival_processes import free_port, start
 # D of a Gaussian with sigma_data 0.5, half of it on each of two processes; the whole of it where there is but one.
 DRIVER = """
 import os, sys
-from dataclasses import replace
 import numpy as np, torch
 from torch import distributed
 from art_edm.learning.config import PRESETS
@@ -33,7 +32,7 @@ class Sharded(Denoiser):
             distributed.all_reduce(mine)
         return mine.to(x.dtype)
 
-config = replace(PRESETS["default"], iterations=4, trajectories=20, points=12, seed=int(sys.argv[2]))
+config = PRESETS["default"].changed(iterations=4, trajectories=20, points=12, seed=int(sys.argv[2]))
 result = train(Sharded(), config)
 np.save(f"{out}{rank}.npy", result.learned.grid(6).values)
 """

@@ -10,7 +10,6 @@ import pytest
 
 from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import load_grid
-from art_edm.learning import training
 from art_edm.pickles import known_sources as upstream_sources
 from tests.support.loopback import Loopback, isolate, whole
 from tests.support.pickle_stand_ins import dumps, sha256, write_lock
@@ -19,6 +18,7 @@ from tests.support.upstream import run_python, upstream
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_schedule.py"
 SMALL = ["--iterations=4", "--trajectories=4"]
 QUIET = [*SMALL, "--quiet"]
+DIRECT = ["--method=direct", "--trajectories=4", "--quiet"]
 STEP = 2 * 3 * 7  # evaluations that choose the difference's step, where its first choice is good
 
 # Two-class Gaussian data: class k has the standard deviation `stds[k]`.
@@ -71,7 +71,7 @@ def refused(result, *texts):
 
 def test_a_pickle_gives_the_optimum_of_its_data(run):
     pickled("net.pkl", 0.5)
-    record = record_of(run("--network=net.pkl", "--method=direct", "--steps=8", *QUIET), "art_net8.npy")
+    record = record_of(run("--network=net.pkl", "--steps=8", *DIRECT), "art_net8.npy")
     values = load_grid("art_net8.npy").values
     exact = GaussianClock(80.0, 0.5).sigma(np.arange(9) / 8)  # of N(0, 0.5^2) data, in closed form
     np.testing.assert_allclose(values[:-2], exact[:-2], rtol=0.02)
@@ -84,7 +84,7 @@ def test_a_pickle_gives_the_optimum_of_its_data(run):
 def test_class_and_guidance_reach_the_field_and_the_record(run):
     """One class, or the other, or guided: each has a grid of its own; the sidecar tells which."""
     net, guide = pickled("net.pkl", 0.2, 2.0), pickled("guide.pkl", 1.0)
-    common = [f"--network={net}", "--method=direct", "--steps=8", *QUIET, "--trajectories=8"]
+    common = [f"--network={net}", "--steps=8", *DIRECT, "--trajectories=8"]
     grids = {}
     for name, more in {"a": ["--class=0"], "b": ["--class=1"], "mixed": [],
                        "guided": ["--class=0", f"--gnet={guide}", "--guidance=1.5"]}.items():
@@ -111,16 +111,14 @@ def test_guided_calls_are_told(run):
     assert "1,360 images evaluated; " in plain.stdout
 
 
-def test_the_step_of_differences_is_chosen_for_live_rollouts_alone(run, monkeypatch):
+def test_the_step_of_differences_is_chosen_for_live_rollouts_alone(run):
     """A profile differences along its paths; a rollout that calls the network differences about each point."""
-    path, chosen = pickled("net.pkl", 0.5), []
-    real = training.choose_step
-    monkeypatch.setattr(training, "choose_step", lambda *args: chosen.append(real(*args)) or chosen[-1])
+    path = pickled("net.pkl", 0.5)
     record = record_of(run(f"--network={path}", *QUIET), "art_net18.npy")
-    assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 85, "rl": 0} and chosen == []
-    record = record_of(run(f"--network={path}", "--rollout=live", *QUIET, "--iterations=1"), "art_net18.npy")
+    assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 85, "rl": 0}
+    more = ("--rollout=live", "--iterations=1", "--force")
+    record = record_of(run(f"--network={path}", *QUIET, *more), "art_net18.npy")
     assert record["evaluations_by_stage"] == {"step": STEP, "profile": 4 * 85, "rl": 3 * 8 * (2 * 48 + 1)}
-    assert chosen == [0.01]
 
 
 def test_an_address_is_downloaded_once(run, tmp_path, monkeypatch):
@@ -128,7 +126,7 @@ def test_an_address_is_downloaded_once(run, tmp_path, monkeypatch):
     with Loopback() as server:
         url = server.on("/nets/far.pkl", whole(Path(pickled("net.pkl", 0.5)).read_bytes()))
         for _ in range(2):
-            record = record_of(run(f"--network={url}", "--method=direct", *QUIET), "art_far18.npy")
+            record = record_of(run(f"--network={url}", *DIRECT), "art_far18.npy")
         assert len(server.asked) == 1
     assert record["network"]["name"] == "far"
 
@@ -163,7 +161,7 @@ def test_a_source_that_is_not_listed(run, monkeypatch):
 def test_a_network_without_a_range_of_its_own(run):
     """A pickle that says sigma_min and sigma_max is learned within them."""
     path = pickled("net.pkl", 0.5, sigma_min=0.05, sigma_max=20.0)
-    record_of(run(f"--network={path}", "--method=direct", "--steps=6", *QUIET), "art_net6.npy")
+    record_of(run(f"--network={path}", "--steps=6", *DIRECT), "art_net6.npy")
     assert load_grid("art_net6.npy").sigma_max == 20
 
 
@@ -198,15 +196,13 @@ def test_upstreams_guided_edm2_networks(tmp_path, monkeypatch):
     assert load_grid("art_net5.npy").num_steps == 5
 
 
-def test_more_levels_than_the_network_has_write_nothing(run):
-    """The coarser grid would do; it is not written either, and what was learned is kept."""
+def test_levels_below_the_network_s_lowest_are_raised_and_kept_apart(run):
+    """A lowest level of 0.5, which the optimum leaves after a few steps: the last one is there, the others above it."""
     pickled("net.pkl", 0.5, sigma_min=0.5, sigma_max=20.0)
-    common = ["--network=net.pkl", "--out=k{steps}.npy", *QUIET]
-    reason = "below the model's sigma_min = 0.5; use fewer steps; with --resume"
-    refused(run(*common, "--steps=5,900"), "K = 900", reason)
-    assert not list(Path().glob("k*.npy")) and Path("k5.ckpt").exists()
-    assert run(*common, "--steps=5", "--resume").exit_code == 0
-    assert load_grid("k5.npy").values[-2] == 0.5  # the last level, raised to the network's lowest
+    assert run("--network=net.pkl", "--out=k{steps}.npy", "--steps=5,100", *QUIET).exit_code == 0
+    few, many = (load_grid(f"k{k}.npy").values for k in (5, 100))
+    assert few[-2] == many[-2] == 0.5 and (few[:-2] > 0.5).all() and (many[:-2] > 0.5).all()
+    assert many[0] == 20 and (np.diff(many) < 0).all()
 
 
 @pytest.mark.parametrize("arguments, text", [

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from art_edm.learning.training import CHECKPOINT
 from art_edm.models.loading import save_network
 from art_edm.models.unet import ScoreUNet
+from art_edm.runtime.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -72,20 +74,21 @@ def test_the_grid_does_not_depend_on_the_number_of_processes(network, tmp_path, 
     assert len(set(found.values())) == 1
     codes, _ = finished(start(tmp_path, 1, f"--network={network}", *SMALL, *more, "--seed=1", "--out=other.npy"))
     assert codes == [0] and (tmp_path / "other.npy").read_bytes() != found[1]
-    assert not list(tmp_path.glob("*.ckpt"))
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 JUMPING = """
 import hashlib, sys, torch
 from art_edm.models.analytic import MixtureDenoiser
 from art_edm.learning.config import TrainConfig
+from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import world
 from art_edm.learning.training import train
 
 images = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 with world("cpu") as here:
     config = TrainConfig(method="direct", trajectories=60, points=40)
-    result = train(MixtureDenoiser([1 / 12] * 12, images, 0.01), config, world=here)
+    result = train(MixtureDenoiser([1 / 12] * 12, images, 0.01), config, Context(here))
     profile = result.profile
     told = [hashlib.sha256(profile.direct(18).values.tobytes()).hexdigest(), *profile.norm.shape, profile.evaluations]
     with open(f"{here.size}-{here.rank}.txt", "w") as file:
@@ -124,17 +127,17 @@ def test_stopped_together_and_resumed_by_another_number(network, tmp_path):
     common = [f"--network={network}", "--trajectories=20", "--iterations=40", "--steps=6", "--quiet"]
     assert finished(start(tmp_path, 1, *common, "--out=whole.npy"))[0] == [0]
     processes = start(tmp_path, 2, *common, "--iterations=4000", "--out=part.npy")
-    while not (tmp_path / "part.ckpt").exists():
+    while not Store(tmp_path / "part.unfinished").load(CHECKPOINT):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     codes, shown = finished(processes)
-    assert codes == [1, 1] and "continue with --resume" in shown[0]
-    os.rename(tmp_path / "part.ckpt", tmp_path / "other.ckpt")
+    assert codes == [1, 1] and "run the same command again to continue" in shown[0]
+    os.rename(tmp_path / "part.unfinished", tmp_path / "other.unfinished")
     codes, shown = finished(start(tmp_path, 3, *common, "--iterations=41", "--out=other.npy", "--resume"))
     assert codes == [2, 2, 2] and "iterations=4000" in shown[0]  # of other settings
-    os.rename(tmp_path / "other.ckpt", tmp_path / "part.ckpt")
+    os.rename(tmp_path / "other.unfinished", tmp_path / "part.unfinished")
     processes = start(tmp_path, 2, *common, "--out=again.npy")
     assert finished(processes)[0] == [0, 0]
     assert (tmp_path / "again.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from art_edm.grids.grid import load_grid
-from art_edm.learning import training
+from art_edm.measure import local_errors
 from art_edm.models.loading import load_network
 from art_edm.refining import noise_sets as exact_ends
 from art_edm.refining import refine
@@ -77,8 +77,8 @@ def test_it_may_start_from_the_clock_of_the_solver_s_own_errors(run):
     assert own.exit_code == 0
     assert stages["start"] == json.loads(Path("own.json").read_text())["evaluations_by_stage"]["profile"] > 0
     assert record["evaluations"] == sum(stages.values())
-    assert not [name for name in os.listdir() if "ckpt" in name]
-    again = run(*DIRECT, "--steps=3", "--out=own.npy", "--objective=solver", "--refine")
+    assert sorted({Path(name).suffix for name in os.listdir()}) == [".json", ".npy"]
+    again = run(*DIRECT, "--steps=3", "--out=own.npy", "--objective=solver", "--refine", "--force")
     record = json.loads(Path("own.json").read_text())
     assert again.exit_code == 0 and record["refined"]["start"] == "given"
     assert "start" not in record["evaluations_by_stage"]
@@ -87,11 +87,11 @@ def test_it_may_start_from_the_clock_of_the_solver_s_own_errors(run):
 def test_what_was_learned_survives_a_stop_in_the_other_clock(run):
     options = ("--network=gaussian:0.5", "--method=direct", "--steps=3", "--refine", "--quiet")
     assert run(*options, "--out=whole.npy").exit_code == 0
-    with stopped_in(training, "measure_errors"):
+    with stopped_in(local_errors, "evaluate"):
         result = run(*options, "--out=g.npy")
-    assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
-    assert "g.ckpt" in os.listdir()
-    assert run(*options, "--out=g.npy", "--resume").exit_code == 0
+    assert result.exit_code == 1 and "g.unfinished, run the same command again" in str(result.exception)
+    assert "g.unfinished" in os.listdir()
+    assert run(*options, "--out=g.npy").exit_code == 0
     assert Path("g.npy").read_bytes() == Path("whole.npy").read_bytes()
     assert sorted(os.listdir()) == ["g.json", "g.npy", "whole.json", "whole.npy"]
 
@@ -128,70 +128,16 @@ def test_a_solver_s_errors_are_not_measured_live(run):
     assert result.exit_code == 2 and "cached" in result.stderr and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("method", ["direct", "rl"])
-def test_the_end_point_objective_finds_the_growth_of_gaussian_data(run, method):
-    """beta = 1 for Euler's errors; the sidecar says what was chosen, and the learned clock scores as it did."""
-    options = ("--network=gaussian:0.5", f"--method={method}", "--steps=5,10", "--iterations=60", "--quiet")
-    assert run(*options, "--out=plain{steps}.npy").exit_code == 0
-    result = run(*options, "--out=end{steps}.npy", "--objective=endpoint", "--solver=euler")
-    assert result.exit_code == 0, result.stderr
-    for k in (5, 10):
-        before, after = (json.loads(Path(f"{name}{k}.json").read_text()) for name in ("plain", "end"))
-        assert after["weighted"]["beta"] == pytest.approx(1.0, abs=0.08)
-        assert after["weighted"]["solver"] == "euler"
-        assert after["J_over_J_star"] == before["J_over_J_star"]
-        assert after["evaluations"] == sum(after["evaluations_by_stage"].values())
-        assert {"ends", "endpoint"} <= set(after["evaluations_by_stage"])
-        assert end_error(f"end{k}.npy", "euler") < 0.87 * end_error(f"plain{k}.npy", "euler")
-
-
-def test_the_end_point_objective_measures_growth_once_for_all_steps(run):
-    """iPNDM in the 1-D example: measured growth serves it better than any power of w, and is measured once."""
-    options = ("--network=oned", "--method=direct", "--objective=endpoint", "--solver=ipndm")
-    result = run(*options, "--steps=5,10", "--out=end{steps}.npy")
-    assert result.exit_code == 0, result.stderr
-    assert result.output.count(" weighted by their measured growth (median ") == 2
-    records = [json.loads(Path(f"end{k}.json").read_text()) for k in (5, 10)]
-    for record in records:
-        weighted = record["weighted"]
-        assert weighted["beta"] is None and weighted["error_after"] == weighted["error_measured"]
-        assert weighted["error_after"]["mean"] < 0.95 * weighted["error_before"]["mean"]
-    searched = sum(record["weighted"]["evaluations"] for record in records)
-    measured = records[0]["evaluations_by_stage"]["endpoint"] - searched
-    exact, own, beside = 17 * 8 + 9, 18, sum(2 * (k + 1) for k in range(1, 17)) + 3 * 18
-    assert measured == 64 * (exact + own + beside)
-
-
-def test_refinement_goes_on_from_the_end_point_objective(run):
-    result = run(*DIRECT[:-1], "--steps=4", "--out=both.npy", "--objective=endpoint", "--refine", "--solver=dpmpp2m")
-    assert result.exit_code == 0, result.stderr
-    record = json.loads(Path("both.json").read_text())
-    weighted, refined = record["weighted"]["error_after"]["mean"], record["refined"]
-    assert refined["error_before"]["mean"] == pytest.approx(weighted, rel=0.1)
-    assert refined["error_after"]["mean"] < 0.9 * weighted
-    assert "weighted by beta = " in result.output and " refined (median" in result.output
-
-
-def test_an_unknown_solver_is_refused_before_any_work(run):
-    result = run("--network=gaussian:0.5", "--objective=endpoint", "--solver=rk5")
-    assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
+def test_the_end_point_objective_is_gone_and_names_what_does_more(run):
+    result = run("--network=gaussian:0.5", "--objective=endpoint")
+    assert result.exit_code == 2 and "--refine does more" in result.stderr and result.stderr.count("\n") == 1
     assert os.listdir() == []
 
 
-def test_what_was_learned_survives_a_stop_in_the_end_point_search(run):
-    options = ("--network=gaussian:0.5", "--method=direct", "--steps=4", "--objective=endpoint", "--quiet")
-    assert run(*options, "--out=whole.npy").exit_code == 0
-    with stopped_in(sensitivity.Travel, "run"):
-        result = run(*options, "--out=g.npy")
-    assert result.exit_code == 1
-    expected = "stopped during end-point objective; what was learned is in g.ckpt, continue with --resume"
-    assert str(result.exception) == expected
-    assert sorted(os.listdir()) == ["g.ckpt", "g.ckpt.ends", "whole.json", "whole.npy"]
-    assert run(*options, "--out=g.npy", "--resume").exit_code == 0
-    assert Path("g.npy").read_bytes() == Path("whole.npy").read_bytes()
-    assert sorted(os.listdir()) == ["g.json", "g.npy", "whole.json", "whole.npy"]
-    costs = [json.loads(Path(name).read_text())["evaluations_by_stage"] for name in ("g.json", "whole.json")]
-    assert costs[0] == costs[1]
+def test_an_unknown_solver_is_refused_before_any_work(run):
+    result = run("--network=gaussian:0.5", "--objective=solver", "--solver=rk5")
+    assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
+    assert os.listdir() == []
 
 
 def test_more_steps_may_be_asked_for_when_going_on(run, monkeypatch):
@@ -199,7 +145,7 @@ def test_more_steps_may_be_asked_for_when_going_on(run, monkeypatch):
     options = ("--network=gaussian:0.5", "--method=direct", "--refine", "--solver=euler", "--quiet")
     assert run(*options, "--steps=3,4", "--out=whole{steps}.npy").exit_code == 0
     original, calls = sensitivity.Travel.piece, []
-    kept = lambda: torch.load("g3.ckpt.ends", weights_only=True)
+    kept = lambda: torch.load("g3.unfinished/ends", weights_only=True)
 
     def late(self, *args):
         calls.append(self.pieces.identity)
@@ -211,7 +157,8 @@ def test_more_steps_may_be_asked_for_when_going_on(run, monkeypatch):
         patch.setattr(sensitivity.Travel, "piece", late)
         assert run(*options, "--steps=3", "--out=g{steps}.npy").exit_code == 1
     before = kept()
-    assert calls == [load_network("gaussian:0.5").identity] * 6 and len(before) == 5
+    assert len(set(calls)) == 1 and load_network("gaussian:0.5").identity in calls[0] and len(calls) == 6
+    assert len(before) == 5
     with stopped_in(refine._Refinement, "_iterate", signal.SIGTERM):
         assert run(*options, "--steps=3", "--out=g{steps}.npy", "--resume").exit_code == 1
     assert len(kept()) == 8 and before.keys() < kept().keys()
@@ -225,9 +172,8 @@ def test_more_steps_may_be_asked_for_when_going_on(run, monkeypatch):
 
 
 def test_ends_that_several_share_are_solved_once_whatever_stops_the_refinement(run, monkeypatch):
-    """Those of the end-point objective serve it, too; stopped in it, a run that goes on solves none again."""
-    options = ("--network=gaussian:0.5", "--method=direct", "--steps=3,4", "--objective=endpoint", "--refine",
-               "--solver=euler", "--quiet")
+    """Stopped in it, a run that goes on solves none again."""
+    options = ("--network=gaussian:0.5", "--method=direct", "--steps=3,4", "--refine", "--solver=euler", "--quiet")
     original, solved = exact_ends.solve_ends, []
 
     def counted(denoiser, *args):
@@ -239,18 +185,18 @@ def test_ends_that_several_share_are_solved_once_whatever_stops_the_refinement(r
     monkeypatch.setattr(exact_ends, "solve_ends", counted)
     assert run(*options, "--out=whole{steps}.npy").exit_code == 0
     path = 157  # evaluations: 40 steps of RK4, the last of them Euler's
-    assert solved == [64 * path, 192 * path, 64 * path]  # the refinement's first 64 are those of the objective
+    assert solved == [128 * path]
     with stopped_in(refine._Refinement, "_iterate", signal.SIGTERM):
         result = run(*options, "--out=g{steps}.npy")
-    assert result.exit_code == 1 and "continue with --resume" in str(result.exception)
-    assert {"g3.ckpt", "g3.ckpt.ends", "g3.ckpt.refine"} <= set(os.listdir())
+    assert result.exit_code == 1
+    assert {"ends", "3.refine"} <= set(os.listdir("g3.unfinished"))
     assert run(*options, "--out=g{steps}.npy", "--resume").exit_code == 0
-    assert solved[-3:] == [0, 0, 0]
+    assert solved[-1:] == [0]
     for name in ("3", "4"):
         assert Path(f"g{name}.npy").read_bytes() == Path(f"whole{name}.npy").read_bytes()
         records = [json.loads(Path(f"{stem}{name}.json").read_text()) for stem in ("g", "whole")]
         assert records[0]["evaluations_by_stage"] == records[1]["evaluations_by_stage"]
-    assert not [name for name in os.listdir() if "ckpt" in name]
+    assert sorted({Path(name).suffix for name in os.listdir()}) == [".json", ".npy"]
 
 
 def test_the_objective_of_the_reverse_sde_moves_the_levels_down(run):

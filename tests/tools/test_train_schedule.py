@@ -17,8 +17,10 @@ from click.testing import CliRunner
 
 from art_edm.grids.grid import load_grid
 from art_edm.learning.rollouts import rollout
+from art_edm.learning.training import CHECKPOINT
 from art_edm.models.loading import save_network
 from art_edm.models.unet import ScoreUNet
+from art_edm.runtime.store import Store
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_schedule.py"
 SMALL = ["--iterations=8", "--trajectories=4", "--quiet"]
@@ -119,7 +121,7 @@ def test_paper_preset_runs_once_for_each_number_of_steps(run):
     for k in (3, 4):
         record = json.loads(Path(f"p{k}.json").read_text())
         settings = record["settings"]
-        assert [settings[key] for key in ("train_steps", "clock", "trace", "batch")] == [k, "linear", 0.0, 1]
+        assert [settings[key] for key in ("train_steps", "clock", "gae_lambda", "batch")] == [k, "linear", 0.0, 1]
         assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 85, "rl": 8 * k * 3}  # of one path
 
 
@@ -152,11 +154,11 @@ def test_bad_weight_files(run, network):
         refused(run(f"--network={name}", "--quiet"), name, "expected a weight file")
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
     refused(run("--network=foreign.pt", "--quiet"), "expected 'art_edm.score/1'")
-    assert not list(Path().glob("*.npy")) and not list(Path().glob("*.ckpt"))
+    assert not list(Path().glob("*.npy")) and not list(Path().glob("*.unfinished"))
 
 
 def test_bad_destinations_are_found_before_the_work(run, monkeypatch):
-    monkeypatch.setattr("art_edm.learning.training.train", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr("art_edm.schedule.train", lambda *a, **k: pytest.fail("training began"))
     refused(run("--network=oned", "--out=no/g.npy"), "there is no folder no")
     refused(run("--network=oned", "--out=g.txt"), ".npy")
     refused(run("--network=oned", "--steps=2,3", "--out=g.npy"), "{steps}")
@@ -187,8 +189,8 @@ def test_network_that_returns_nan_names_the_level_and_keeps_what_was_learned(run
 
     monkeypatch.setattr(GaussianDenoiser, "denoise", failing)
     arguments = ("--network=gaussian:0.5", "--steps=4", "--rollout=live", "--out=g.npy", *SMALL[:2])
-    refused(run(*arguments), "NaN", "sigma = 0.", "g.ckpt")
-    assert os.listdir() == ["g.ckpt"]
+    refused(run(*arguments), "NaN", "sigma = 0.", "g.unfinished")
+    assert os.listdir() == ["g.unfinished"]
     monkeypatch.setattr(GaussianDenoiser, "denoise", honest)
     assert run(*arguments, "--resume", "--quiet").exit_code == 0
     resumed = Path("g.npy").read_bytes()
@@ -208,9 +210,10 @@ def test_full_disk_leaves_the_old_grid(run, monkeypatch):
         return real(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    refused(run("--network=oned", "--steps=4", "--out=g.npy", "--seed=3", *SMALL), "No space left", "g.npy", "--resume")
+    refused(run("--network=oned", "--steps=4", "--out=g.npy", "--seed=3", "--force", *SMALL),
+            "No space left", "g.npy", "run the same command again")
     assert (Path("g.npy").read_bytes(), Path("g.json").read_bytes()) == old
-    assert not list(Path().glob(".*")) and Path("g.ckpt").exists()
+    assert not list(Path().glob(".*")) and Path("g.unfinished").is_dir()
 
 
 def test_plot_without_matplotlib_is_found_first(run, monkeypatch):
@@ -233,11 +236,17 @@ def start(folder, *args):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def saved(path):
+    """Iterations that are kept in this folder."""
+    content = Store(path).load(CHECKPOINT) if path.is_dir() else None
+    return -1 if content is None else json.loads(str(content["plain"]))["iteration"]
+
+
 def wait_for_iteration(path, process, iteration):
     """Until the checkpoint has got that far."""
     for _ in range(1200):
         assert process.poll() is None, process.communicate()
-        if path.exists() and torch.load(path, weights_only=True)["iteration"] >= iteration:
+        if saved(path) >= iteration:
             return
         time.sleep(0.02)
     pytest.fail("no checkpoint in time")
@@ -255,20 +264,22 @@ def uninterrupted(tmp_path_factory):
     return whole
 
 
-@pytest.mark.parametrize(("number", "iteration"), [(signal.SIGKILL, 14), (signal.SIGTERM, 7), (signal.SIGINT, 2)])
-def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, run, uninterrupted, number, iteration):
+@pytest.mark.parametrize(("number", "iteration", "more"), [
+    (signal.SIGKILL, 14, ()), (signal.SIGTERM, 7, ("--resume",)), (signal.SIGINT, 2, ()),
+])
+def test_stopped_and_resumed_gives_the_same_bytes(tmp_path, run, uninterrupted, number, iteration, more):
     """A process of its own is stopped, and resumed in this one."""
     process = start(tmp_path, "--out=g.npy")
-    wait_for_iteration(tmp_path / "g.ckpt", process, iteration)
+    wait_for_iteration(tmp_path / "g.unfinished", process, iteration)
     process.send_signal(number)
     _, message = process.communicate(timeout=60)
     if number != signal.SIGKILL:
         assert process.returncode == 1 and message.count("\n") == 1
-        assert "continue with --resume" in message and "of 24 iterations" in message
+        assert "run the same command again" in message and "of 24 iterations" in message
     assert not (tmp_path / "g.npy").exists()
-    done = torch.load(tmp_path / "g.ckpt", weights_only=True)["iteration"]
+    done = saved(tmp_path / "g.unfinished")
     assert iteration <= done < 24
-    resumed = run(*LONG, "--out=g.npy", "--resume")
+    resumed = run(*LONG, "--out=g.npy", *more)
     assert resumed.exit_code == 0, resumed.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if ".part" not in path.name) == ["g.json", "g.npy"]
     assert (tmp_path / "g.npy").read_bytes() == uninterrupted
@@ -279,9 +290,9 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path, run, monkeypatch):
         patch.setattr("art_edm.learning.training.rollout",
                       lambda *args: signal.raise_signal(signal.SIGINT) or rollout(*args))
         assert run(*LONG, "--out=g.npy", "--quiet").exit_code == 1
-    before = (tmp_path / "g.ckpt").read_bytes()
-    refused(run(*LONG, "--out=g.npy", "--resume", "--seed=4"), "seed=0", "seed=4", "remove it")
+    before = Store(tmp_path / "g.unfinished").path(CHECKPOINT).read_bytes()
+    refused(run(*LONG, "--out=g.npy", "--resume", "--seed=4"), "seed=0", "seed=4", "leave --resume out")
     refused(run("--network=gaussian:0.5", *LONG[1:], "--out=g.npy", "--resume"), "network=oned")
-    assert (tmp_path / "g.ckpt").read_bytes() == before
-    (tmp_path / "g.ckpt").write_bytes(b"nonsense")
-    refused(run(*LONG, "--out=g.npy", "--resume"), "not a checkpoint")
+    assert Store(tmp_path / "g.unfinished").path(CHECKPOINT).read_bytes() == before
+    assert run(*LONG, "--out=g.npy", "--seed=4", "--quiet").exit_code == 0  # left aside, and gone at the end
+    assert sorted(os.listdir()) == ["g.json", "g.npy"]

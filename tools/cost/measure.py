@@ -12,7 +12,6 @@ budget    evaluations that the paper pays for a number of steps K: 5,000 iterati
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -22,7 +21,7 @@ import torch
 from art_edm.grids.clocks import make_clock
 from art_edm.learning.provenance import FINE_STEPS, clock_score
 from art_edm.learning.training import PRESETS, TrainConfig, TrainResult, train
-from art_edm.measure.dense_paths import measure_along, measure_profile
+from art_edm.measure.dense_paths import PathOptions, measure_along, measure_profile
 from art_edm.measure.field import full_precision
 from art_edm.measure.profile import Profile
 from art_edm.models.denoiser import Denoiser
@@ -100,8 +99,8 @@ def profile_share(denoiser: Denoiser, trajectories: int, points: int, batch: int
     for _ in range(0 if turns else 5):
         measure_own()
     inside, began = len(own), _now(device)
-    profile = measure_along(denoiser, latents, _clock(denoiser), points, batch=batch, class_labels=labels,
-                            on_step=measure_own if turns else None)
+    options = PathOptions(labels, batch, measure_own if turns else None)
+    profile = measure_along(denoiser, latents, _clock(denoiser), points, options)
     total = _since(began, device) - (np.sum(own[inside:], axis=0) if turns else 0)
     for _ in range(0 if turns else 5):
         measure_own()
@@ -120,7 +119,7 @@ def profile_share(denoiser: Denoiser, trajectories: int, points: int, batch: int
 def reference(denoiser: Denoiser, trajectories: int, points: int, batch: int) -> Profile:
     """A profile of other noises than any run's, three evaluations at each point."""
     latents, labels = _noise(denoiser, trajectories, 10**6)
-    return measure_profile(denoiser, latents, _clock(denoiser), points, batch=batch, class_labels=labels)
+    return measure_profile(denoiser, latents, _clock(denoiser), points, PathOptions(labels, batch))
 
 
 def learned_score(result: TrainResult, profile: Profile) -> float:
@@ -144,7 +143,7 @@ def paper(denoiser: Denoiser, steps: Sequence[int], iterations: int) -> Dict[str
 
     Only the evaluations of its rollouts count; the small profile measured beside them is ours.
     """
-    config = replace(PRESETS["paper"], train_steps=steps[0], trajectories=2, points=8, iterations=iterations)
+    config = PRESETS["paper"].changed(train_steps=steps[0], trajectories=2, points=8, iterations=iterations)
     result = train(denoiser, config)
     each = result.evaluations["rl"] / iterations
     return {

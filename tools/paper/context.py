@@ -8,7 +8,7 @@ lacking     (resource or option, where it is had) for what an experiment needs a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -124,5 +124,5 @@ class Lab:
 
     def run(self, network: Network, **settings: object) -> Run:
         """A run of ART-RL by the default recipe but for `settings`; kept."""
-        config: TrainConfig = replace(PRESETS["default"], **{"seed": self.seed, **settings})
+        config: TrainConfig = PRESETS["default"].changed(**{"seed": self.seed, **settings})
         return learn(network, config, self.store, self.world, self.quiet or not self.lead)

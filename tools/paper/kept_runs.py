@@ -9,7 +9,6 @@ paths    every iteration's distilled clock scored: J/J* over iterations, where a
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
@@ -21,6 +20,7 @@ from art_edm.learning.distill import LearnedClock
 from art_edm.learning.training import TrainResult, train
 from art_edm.measure.profile import Profile
 from art_edm.models.loading import Network
+from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import World
 from art_edm.runtime.store import Store, key_of
 
@@ -53,19 +53,19 @@ def learn(network: Network, config: TrainConfig, store: Store, world: World, qui
         Stopped, NonFiniteOutput, FloatingPointError, ValueError: as `train`.
     """
     what = {"kind": "run", "method": _METHOD, "network": network.sha256 or network.name, "details": network.details,
-            "settings": asdict(config)}
+            "settings": config.settings()}
     if network.sha256 is None:  # a closed form: its data are in its name, its range of levels is not
         what["range"] = [network.denoiser.sigma_min, network.denoiser.sigma_max]
     with world.phase():  # all look before any writes
         content = store.load(what)
     if not world.share(content is not None):
-        checkpoint = store.folder / f"{key_of(what)}.ckpt"
-        result = train(network.denoiser, config, network.identity, checkpoint, resume=True, quiet=quiet, world=world)
+        unfinished = Store(store.folder / f"{key_of(what)}.unfinished")
+        result = train(network.denoiser, config, Context(world, unfinished, quiet, network.identity))
         with world.phase():
             if world.rank == 0:
                 content = _content(result)
                 store.save(what, content)
-                checkpoint.unlink(missing_ok=True)
+                unfinished.remove()
     with world.phase():
         content = store.load(what) if content is None else content
         if content is None:

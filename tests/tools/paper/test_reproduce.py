@@ -40,7 +40,8 @@ from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.solvers import nfe
 
-TINY = replace(PRESETS["default"], iterations=6, batch=16, repeats=4, trajectories=4, points=80, train_steps=6, keep=32)
+TINY = PRESETS["default"].changed(iterations=6, batch=16, repeats=4, trajectories=4, points=80, train_steps=6,
+                                  distill_paths=32)
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_a_kept_run_gives_the_same_grids_and_is_not_done_again(lab, monkeypatch)
     assert again.evaluations == first.evaluations and len(again.history["cost"]) == 6
     monkeypatch.undo()
     monkeypatch.setitem(laboratory.PRESETS, "default", TINY)
-    direct = learned.train(network.denoiser, replace(TINY, rounds=2))
+    direct = learned.train(network.denoiser, TINY.changed(rounds=2))
     assert first.grid(7) == direct.learned.grid(7)
     assert lab.run(network, seed=5, rounds=2).grid(7) != first.grid(7)
 
@@ -148,13 +149,13 @@ def test_a_stopped_run_leaves_its_checkpoint_and_ends_with_the_same_bytes(lab, m
     monkeypatch.setattr(training, "GracefulStop", Stop)
     with pytest.raises(Stopped):
         other.run(network, rollout="live", iterations=3, batch=4, train_steps=4)
-    assert list(other.store.folder.glob("*.ckpt"))
+    assert list(other.store.folder.glob("*.unfinished"))
     monkeypatch.undo()
     monkeypatch.setitem(laboratory.PRESETS, "default", TINY)
     settings = dict(rollout="live", iterations=3, batch=4, train_steps=4)
     continued, straight = other.run(network, **settings), lab.run(network, **settings)
     assert continued.grid(9) == straight.grid(9) != whole.grid(9)
-    assert not list(other.store.folder.glob("*.ckpt"))
+    assert not list(other.store.folder.glob("*.unfinished"))
 
 
 # --- pooled figures ----------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from tests.support.upstream import upstream
 ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.upstream, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")]
 NUM = 48
-SHORT = dict(tolerance=0.0, iterations=100, train_steps=40, batch=64, keep=512)  # enough for these networks; all share
+SHORT = dict(tolerance=0.0, iterations=100, train_steps=40, batch=64, distill_paths=512)  # enough here; all share
 OFFICIAL = [name for name, item in TABLES.items() if item.official]
 
 
@@ -82,7 +82,7 @@ def done(networks, tmp_path_factory):
     tables = [replace(TABLES[name], steps=(2, 5), num=NUM, blocks=2, noises=16) for name in OFFICIAL]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(networks.parent / "python")
-        patch.setitem(laboratory.PRESETS, "default", replace(PRESETS["default"], **SHORT))
+        patch.setitem(laboratory.PRESETS, "default", PRESETS["default"].changed(**SHORT))
         lab = Lab(Store(out / "cells"), World(), out, networks, forced=True)
         said = []
         assert reproduction.reproduce(tables, lab, said.append) == 0, said
@@ -224,7 +224,7 @@ import json, os, sys
 from dataclasses import replace
 from paper import context as laboratory, experiments as recipes, kept_runs as learned
 from art_edm.learning.config import PRESETS
-laboratory.PRESETS["default"] = replace(PRESETS["default"], **json.loads(sys.argv.pop(1)))
+laboratory.PRESETS["default"] = PRESETS["default"].changed(**json.loads(sys.argv.pop(1)))
 num, shares = int(sys.argv.pop(1)), sys.argv.pop(1)
 for name in ("table2", "table7"):
     recipes.TABLES[name] = replace(recipes.TABLES[name], steps=(2, 5), num=num, blocks=2, noises=16)

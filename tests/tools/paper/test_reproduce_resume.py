@@ -37,8 +37,8 @@ from art_edm.learning.config import PRESETS
 pytestmark = pytest.mark.slow
 
 where, place, count, log = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
-laboratory.PRESETS["default"] = replace(PRESETS["default"], iterations=6, batch=16, repeats=4, trajectories=4,
-                                        points=12, train_steps=6, keep=32)
+laboratory.PRESETS["default"] = PRESETS["default"].changed(iterations=6, batch=16, repeats=4, trajectories=4,
+                                        points=12, train_steps=6, distill_paths=32)
 mnist = replace(recipes.TABLES["table4"], solver="euler", steps=(2, 4), grids=("edm", "art_rl"), num=8, blocks=2,
                 reference="ref.npz", noises=2, floor=3)
 clock = recipes.TABLES["ablation-clock"]

@@ -135,7 +135,7 @@ def _clock(experiment: Experiment, lab: Lab) -> Result:
     steps, fine = (3, 5, 10), Fine(lab.num or 128)
     known = {name: network for name, network in cheap_fields(lab).items() if name in ("oned", "mnist", "mnist-set")}
     kinds: Dict[str, Callable[[int], Dict[str, Any]]] = {
-        f"fine clock ({PRESETS['default'].train_steps} steps)": lambda k: {},
+        f"fine clock ({PRESETS['default'].recipe.train_steps} steps)": lambda k: {},
         "K steps, Simpson": lambda k: {"train_steps": k},
         "K steps, left end (the paper's)": lambda k: {"train_steps": k, "simpson": False},
     }
@@ -164,8 +164,8 @@ def _clock(experiment: Experiment, lab: Lab) -> Result:
 def _live(experiment: Experiment, lab: Lab) -> Result:
     """The same field, through the denoiser in every rollout and through interpolated trajectories."""
     config = live(PRESETS["default"])
-    names = ("rollout", "batch", "repeats", "train_steps", "iterations", "actor_rate", "keep")
-    settings = {name: getattr(config, name) for name in names}
+    names = ("rollout", "batch", "repeats", "train_steps", "iterations", "actor_rate", "distill_paths")
+    settings = {name: config.settings()[name] for name in names}
     names = ("oned", "gaussian", "anisotropic", *(["mnist"] if lab.num is None else []))
     known = {name: network for name, network in cheap_fields(lab).items() if name in names}
     runs = {"cached": [lab.run(network) for network in known.values()],

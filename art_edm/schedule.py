@@ -1,0 +1,428 @@
+"""The front door: a denoiser and numbers of steps in, grids of noise levels and their records out.
+
+    from art_edm.schedule import ScheduleOptions, learn_schedule
+
+    learned = learn_schedule("mnist", steps=(5, 18))                 # ART-RL, one run for both
+    sigmas = learned[18].grid.values                                 # [19], from sigma_max down to 0
+    print(learned[18].record["J_over_J_star"])                       # 1 is the optimum
+
+    options = ScheduleOptions(refine=True, solver="heun", quiet=False)
+    learn_schedule("edm-cifar10-32x32-uncond-vp.pkl", (18,), options, out="cifar{steps}.npy")
+    learn_schedule(my_denoiser, steps=(8,))                          # any `art_edm.models.denoiser.Denoiser`
+
+Symbols
+-------
+K       steps of a grid; a grid has K + 1 levels, the last is 0
+record  what a grid's JSON sidecar holds: scores, settings, costs, network, versions
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+
+from art_edm.grids.grid import Grid, GridError, check_grid_destination, load_provenance, save_grid
+from art_edm.grids.plots import check_plotting
+from art_edm.learning.config import PRESETS, TrainConfig, live
+from art_edm.learning.provenance import provenance
+from art_edm.learning.training import TrainResult, train
+from art_edm.measure.objectives import expected_evaluations
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import Network, load_network
+from art_edm.refining.config import RefineConfig
+from art_edm.refining.refine import check_refinable
+from art_edm.refining.refine_all import refined_grids
+from art_edm.runtime.context import Context
+from art_edm.runtime.distributed import World, world
+from art_edm.runtime.pieces import Pieces
+from art_edm.runtime.store import Store
+from art_edm.sampling.baselines import hand_made
+from art_edm.sampling.solvers import check_steps, fitted, order_of
+
+__all__ = ["Schedule", "ScheduleOptions", "learn_schedule", "parse_steps"]
+
+OBJECTIVES = ("art", "solver", "sde")
+MAX_STEPS = 100_000
+DECIDING = ("num_steps", "network", "settings", "objective", "solver", "refine", "sigma_min", "sigma_max")
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """What `learn_schedule` may be asked for; None is the preset's, or the network's own, value."""
+
+    preset: str = "default"  # default, or paper: its literal recipe, one run for each K (slow)
+    method: str = "rl"  # rl, or direct: the closed-form optimum of the measured profile
+    rollout: Optional[str] = None  # cached: learn on interpolated trajectories; live: call the denoiser in each rollout
+    clock: Optional[str] = None  # base clock in which to learn: gaussian, linear, edm
+    iterations: Optional[int] = None  # of ART-RL
+    trajectories: Optional[int] = None  # dense trajectories, at most
+    seed: int = 0  # of all randomness
+    objective: str = "art"  # art: |Q|, as in the paper; solver: the local errors of `solver`; sde: of the reverse SDE
+    solver: Optional[str] = None  # of objective "solver" and of `refine`; None: heun
+    refine: bool = False  # then move the levels to where `solver` ends nearest to the exact solution
+    sigma_max: Optional[float] = None  # first noise level
+    sigma_min: Optional[float] = None  # lowest noise level at which the network is measured
+    gnet: Optional[str] = None  # path or address of a guiding network's pickle
+    guidance: float = 1.0  # strength; 1 is none
+    class_idx: Optional[int] = None  # class of all images; None: random
+    trust_pickle: bool = False  # run the code in a pickle even if it is no known version of NVlabs' modules
+    device: str = "auto"  # where the denoiser runs: auto, cpu, cuda
+    resume: bool = False  # unfinished work of other settings is an error rather than left aside
+    force: bool = False  # overwrite grids of other settings
+    plot: bool = False  # draw the clock and the grids beside the .npy
+    quiet: bool = True  # print nothing
+
+
+class Schedule(NamedTuple):
+    """A learned grid."""
+
+    grid: Grid
+    record: Dict[str, Any]
+    path: Optional[Path]  # where it was written, its record beside it as .json
+
+    def save(self, path: Union[str, Path]) -> None:
+        """Write grid and record as F.npy and F.json; raises a GridError or OSError."""
+        save_grid(check_grid_destination(path), self.grid, self.record)
+
+
+def learn_schedule(
+    network: Union[str, Path, Denoiser, Network], steps: Sequence[int] = (18,),
+    options: Optional[ScheduleOptions] = None, out: Optional[str] = None,
+) -> Dict[int, Schedule]:
+    """Learn grids for a denoiser, all read off one run, and score them against the exact optimum.
+
+    Under torchrun the processes share the work; process 0 writes, and each returns the same grids.
+
+    Args:
+        network: a `Denoiser`; or a name, path or address as `load_network` takes them. "package.module:factory" calls
+            factory(), which returns a `Denoiser`: this runs that module's code. Unfinished work is kept beside `out`,
+            and found again by the same call, but for a `Denoiser`, whose own code cannot be told from another's.
+        steps: numbers of steps K, from 1; none twice.
+        out: where to write F.npy and F.json; {steps} becomes K, {network} the network's name with its class and
+            guidance. None writes nothing.
+    Returns:
+        K -> `Schedule`.
+    Raises:
+        ValueError: something given cannot be used: a network, options that contradict each other or have no effect,
+            more steps than the network has levels, a destination.
+        NonFiniteOutput: the network returned NaN or infinity; the message names the noise level.
+        Stopped: Ctrl-C or SIGTERM; finished work is kept.
+        FloatingPointError: learning diverged.
+        OSError, ConnectionError: a file cannot be written; an address or another process cannot be reached.
+    """
+    options = options or ScheduleOptions()
+    steps, config = _checked_steps(steps), _config(options)
+    if out is not None:  # before the network is loaded, or even downloaded
+        _check_pattern(out.replace("{network}", "network"), steps)
+    if options.plot:
+        check_plotting()
+    with world(options.device) as here:
+        with here.phase():  # everything that can fail early
+            began = time.perf_counter()
+            loaded = _loaded(network, here.device, options)
+            keeps = out is not None and not isinstance(network, Denoiser)
+            job = _Job(loaded, config, options, here, _paths(out and _named(out, loaded), steps), keeps)
+            job.seconds["load"] = time.perf_counter() - began
+        with _range(loaded.denoiser, options):
+            with here.phase():
+                job.check(steps)
+            if not options.quiet:
+                print("\n".join(job.plan(steps)), flush=True)
+            if options.preset != "paper":
+                return job.run(config, steps)
+            learned: Dict[int, Schedule] = {}  # the paper learns every number of steps by itself
+            for k in steps:
+                learned.update(job.run(config.changed(train_steps=k), (k,)))
+            return learned
+
+
+# ---- checks before any work ----
+
+
+def parse_steps(text: str) -> Tuple[int, ...]:
+    """'18' or '2,3,5' to numbers of steps; raises a ValueError for what is none, or is there twice."""
+    parts = text.split(",")
+    return _checked_steps([int(part) if re.fullmatch(r" *[1-9][0-9]{0,5} *", part) else part for part in parts])
+
+
+def _checked_steps(steps: Sequence[Any]) -> Tuple[int, ...]:
+    """Numbers of steps: whole, from 1, each once."""
+    for k in steps:
+        if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= MAX_STEPS:
+            raise ValueError(f"found {k!r}, expected whole numbers from 1 to {MAX_STEPS}, such as 18 or 2,3,5")
+    twice = [k for i, k in enumerate(steps) if k in steps[:i]]
+    if twice or not steps:
+        raise ValueError(f"found {twice[0]} twice; give each number of steps once" if twice else "found no steps")
+    return tuple(int(k) for k in steps)
+
+
+def _config(options: ScheduleOptions) -> TrainConfig:
+    """The preset's configuration with the options that were given; a ValueError for one that has no effect."""
+    for name, known in (("preset", tuple(PRESETS)), ("objective", OBJECTIVES)):
+        if getattr(options, name) not in known:
+            found, more = getattr(options, name), "; --refine does more for fewer evaluations"
+            gone = more if found == "endpoint" else ""
+            raise ValueError(f"found --{name}={found}, expected {', '.join(known)}{gone}")
+    if options.solver is not None:
+        order_of(options.solver)
+        if options.objective != "solver" and not options.refine:
+            raise ValueError(f"found --solver={options.solver}, which has no effect here; add --refine or "
+                             "--objective=solver, or leave it out: a grid of the default objective is for all solvers")
+    if options.refine and options.objective == "sde":
+        raise ValueError("--refine follows a deterministic solver; leave it out with --objective=sde")
+    for name in ("rollout", "clock", "iterations"):
+        if options.method == "direct" and getattr(options, name) is not None:
+            raise ValueError(f"found --{name}={getattr(options, name)}, which has no effect with --method=direct, as "
+                             "that learns nothing; leave one of them out")
+    config = PRESETS[options.preset]
+    if options.rollout == "live" and config.rollout != "live":
+        config = live(config)
+    if options.objective != "art":
+        config = replace(config, solver="sde" if options.objective == "sde" else options.solver or "heun")
+    given = {name: getattr(options, name) for name in ("method", "rollout", "clock", "iterations", "trajectories",
+                                                       "seed")}
+    config = config.changed(**{name: value for name, value in given.items() if value is not None})
+    config.check()
+    return config
+
+
+def _loaded(network: Union[str, Path, Denoiser, Network], device: torch.device, options: ScheduleOptions) -> Network:
+    """The network; a `Denoiser` as it is, where it is."""
+    if isinstance(network, Network):
+        return network
+    given = (options.gnet, options.guidance, options.class_idx)
+    if not isinstance(network, Denoiser):
+        return load_network(str(network), device, *given, options.trust_pickle, options.quiet)
+    if given != (None, 1, None):
+        raise ValueError("found gnet, guidance or class_idx for a Denoiser, which is guided by its own code; leave "
+                         "them out, or set the denoiser's own class_idx")
+    return Network(network, type(network).__name__, None)
+
+
+@contextmanager
+def _range(denoiser: Denoiser, options: ScheduleOptions) -> Iterator[None]:
+    """The denoiser with the noise levels that are asked for, and afterwards as it was."""
+    before, (low, high) = (denoiser.sigma_min, denoiser.sigma_max), denoiser.sigma_limits
+    given = {name: getattr(options, name) for name in ("sigma_min", "sigma_max") if getattr(options, name) is not None}
+    for name, level in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if not max(low, 0) <= level <= high or not 0 < level < float("inf"):
+            raise ValueError(f"found {option}={level:g}, expected a noise level from {low:g} to {high:g}, as the "
+                             "network supports; change it")
+        setattr(denoiser, name, float(denoiser.round_sigma(torch.tensor(level, dtype=torch.float64))))
+    try:
+        if denoiser.sigma_min >= denoiser.sigma_max:
+            found = f"found --sigma-min={denoiser.sigma_min:g} and --sigma-max={denoiser.sigma_max:g}"
+            raise ValueError(f"{found}, expected the first below the second; change one")
+        yield
+    finally:
+        denoiser.sigma_min, denoiser.sigma_max = before
+
+
+# ---- files ----
+
+
+def _named(pattern: str, network: Network) -> str:
+    """The pattern with a name that tells network, class and guidance apart, and is legal on every system."""
+    details = network.details
+    parts = [network.name]
+    if details.get("class_idx") is not None:
+        parts.append(f"class{details['class_idx']}")
+    if details.get("gnet") is not None:
+        parts.append(f"guided{details['guidance']:g}-{Path(details['gnet']).stem}")
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(parts))[:100]
+    apart = "-" if name[-1:].isdigit() or name.endswith("-") else ""  # gaussian0.5 in 13 steps, gaussian0.51 in 3
+    return pattern.replace("{network}{steps}", f"{name}{apart}{{steps}}").replace("{network}", name)
+
+
+def _check_pattern(pattern: str, steps: Sequence[int]) -> None:
+    """Raise a ValueError for a pattern to which the grids cannot be written."""
+    if len(steps) > 1 and "{steps}" not in pattern:
+        raise ValueError(f"--out={pattern} is one file for {len(steps)} grids; put {{steps}} into the name")
+    for path in _paths(pattern, steps).values():
+        check_grid_destination(path)
+
+
+def _paths(pattern: Optional[str], steps: Sequence[int]) -> Dict[int, Path]:
+    return {} if pattern is None else {k: Path(pattern.replace("{steps}", str(k))) for k in steps}
+
+
+def _check_overwriting(path: Path, record: Dict[str, Any]) -> None:
+    """Raise a ValueError where a grid of other settings stands at `path`."""
+    if not path.exists():
+        return
+    try:
+        found = load_provenance(path)
+    except GridError:
+        found = {}
+    here = _flat(json.loads(json.dumps({name: record.get(name) for name in DECIDING})))
+    found = _flat({name: found.get(name) for name in DECIDING})
+    differing = [name for name in here if found.get(name) != here[name]]
+    if differing:
+        name = differing[0]
+        there, this = _short(found.get(name)), _short(here[name])
+        raise ValueError(f"{path} is a grid of other settings ({name} is {there} there, {this} here); give --force to "
+                         "overwrite it, or another --out")
+
+
+def _flat(record: Dict[str, Any]) -> Dict[str, Any]:
+    """The record with the entries of its dictionaries under their own names, such as settings.seed."""
+    flat: Dict[str, Any] = {}
+    for name, value in record.items():
+        inner = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        flat.update(inner)
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+# ---- the work ----
+
+
+class _Job:
+    """One call: the network, what is asked for, and where it goes."""
+
+    def __init__(
+        self, network: Network, config: TrainConfig, options: ScheduleOptions, here: World, paths: Dict[int, Path],
+        keeps: bool,
+    ) -> None:
+        self.network, self.config, self.options, self.world = network, config, options, here
+        self.paths, self.keeps, self.denoiser, self.seconds = paths, keeps, network.denoiser, {}
+        self.solver = options.solver or ("heun" if options.refine or options.objective == "solver" else None)
+
+    def check(self, steps: Sequence[int]) -> None:
+        """What needs the network, and not yet its evaluation."""
+        check_steps(self.denoiser, max(steps))
+        if self.options.refine:
+            check_refinable(self.denoiser, self.solver)
+        for k, path in self.paths.items():
+            check_grid_destination(path)
+            if not self.options.force:
+                _check_overwriting(path, self.deciding(self.config_of(k), k))
+
+    def config_of(self, k: int) -> TrainConfig:
+        """The settings by which the grid of K = k is learned."""
+        return self.config.changed(train_steps=k) if self.options.preset == "paper" else self.config
+
+    def deciding(self, config: TrainConfig, k: int) -> Dict[str, Any]:
+        """All that decides the grid of K = k; a part of its record."""
+        network, denoiser = self.network, self.denoiser
+        return {
+            "num_steps": k, "network": {"name": network.name, "sha256": network.sha256, **network.details},
+            "settings": config.settings(), "objective": self.options.objective, "solver": self.solver,
+            "refine": self.options.refine, "sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max,
+        }
+
+    def plan(self, steps: Sequence[int]) -> List[str]:
+        """Lines shown before the work: network, device, noise levels, stages and what they will evaluate."""
+        config, denoiser, high = self.config, self.denoiser, self.denoiser.sigma_limits[1]
+        more = f" (the network knows up to {high:g}: --sigma-max)" if denoiser.sigma_max < high < float("inf") else ""
+        least, most = expected_evaluations(config.objective)
+        weight = {"art": "|Q|", "sde": "the SDE's errors"}.get(self.options.objective, f"errors of {self.solver}")
+        count = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        stages = [f"profile of {weight}, {count} evaluations"]
+        if config.method == "rl":
+            each = 3 * config.recipe.batch * (config.recipe.train_steps * (2 if config.recipe.simpson else 1)
+                                              + config.recipe.simpson)
+            cost = f"{each * config.iterations:,}" if config.rollout == "live" else "no"
+            stages.append(f"ART-RL, {config.iterations} iterations, {cost} evaluations")
+        if self.options.refine and max(steps) > 1:
+            stages.append(f"refinement for {self.solver}, as many evaluations as it takes")
+        return [f"{self.network.name} on {device_name(self.world.device)}, noise levels from {denoiser.sigma_max:g} to "
+                f"{denoiser.sigma_min:g}{more}", f"K = {', '.join(map(str, steps))}: {'; '.join(stages)}"]
+
+    def run(self, config: TrainConfig, steps: Sequence[int]) -> Dict[int, Schedule]:
+        """One run of the learner, and its grids."""
+        first = self.paths.get(steps[0])
+        store = Store(first.with_name(f"{first.stem}.unfinished") if first and self.keeps else None)
+        identity = f"{self.network.identity} {self.denoiser.sigma_min!r} {self.denoiser.sigma_max!r}"
+        context = Context(self.world, store, self.options.quiet, identity, resume=self.options.resume)
+        result = train(self.denoiser, config, context)
+        grids, records = self.grids(result, steps), {k: self.deciding(config, k) for k in steps}
+        if self.options.refine:
+            self.refined(config.seed, grids, result, records, context)
+        with self.world.phase():
+            learned = self.written(config, result, grids, records)
+            if self.world.rank == 0:
+                store.remove()
+        return learned
+
+    def grids(self, result: TrainResult, steps: Sequence[int]) -> Dict[int, Grid]:
+        """The learned grids, at levels that the network has."""
+        read = result.learned.grid if result.learned else result.profile.direct
+        return {k: fitted(self.denoiser, read(k)) for k in steps}
+
+    def refined(
+        self, seed: int, grids: Dict[int, Grid], result: TrainResult, records: Dict[int, Dict[str, Any]],
+        context: Context,
+    ) -> None:
+        """Refine the grids in place; what it cost becomes stages of `result`, what it found a part of the records."""
+        folder = context.store.folder
+        states = {} if folder is None else {k: folder / f"{k}.refine" for k in grids}
+        pieces = Pieces(folder and folder / "ends", context.identity, True, context.world.rank)
+
+        def count(stage: str, began: float, evaluations: int) -> None:
+            result.evaluations[stage] = result.evaluations.get(stage, 0) + evaluations
+            result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - began + pieces.done()
+
+        with pieces:
+            found = refined_grids(
+                self.denoiser, grids, self.solver, RefineConfig(seed=seed), count, context.identity, states, True,
+                context.quiet, context.world, own_clock=self.options.objective != "solver", pieces=pieces,
+            )
+        with context.world.phase():
+            pieces.remove()
+            for path in states.values():
+                path.unlink(missing_ok=True)
+        for k, one in found.items():
+            grids[k], records[k]["refined"] = one.grid, one.record()
+
+    def written(
+        self, config: TrainConfig, result: TrainResult, grids: Dict[int, Grid], records: Dict[int, Dict[str, Any]]
+    ) -> Dict[int, Schedule]:
+        """The grids with their whole records, written by process 0 where they have a place."""
+        began, learned = time.perf_counter(), {}
+        for k, grid in grids.items():
+            path, seconds = self.paths.get(k), {**self.seconds, **result.seconds}
+            record = {
+                **provenance(self.network, config, result, grid, {**seconds, "write": time.perf_counter() - began}),
+                **records[k], "processes": self.world.size, "device": device_name(self.world.device),
+            }
+            if path is not None and self.world.rank == 0:
+                if not self.options.force:  # another run may have been faster
+                    _check_overwriting(path, record)
+                _write(path, grid, record)
+            if path is not None and self.options.plot and self.world.rank == 0:
+                from art_edm.learning.plots import plot_run
+
+                shown = {**hand_made(self.denoiser, k), path.stem: grid}
+                plot_run(path.with_suffix(".png"), f"{self.network.name}, K = {k}", shown, result.learned)
+            learned[k] = Schedule(grid, record, path)
+        return learned
+
+
+def _write(path: Path, grid: Grid, record: Dict[str, Any]) -> None:
+    """Save, or say that the disk is the matter and that nothing old was lost."""
+    try:
+        save_grid(path, grid, record)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path}: {error.strerror or error}; any older file is as it was; make room and run the same "
+            "command again, what was learned is kept"
+        ) from None
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person knows it, a GPU with its name."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
