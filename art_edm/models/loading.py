@@ -3,10 +3,16 @@
     mnist         the bundled score network        gaussian:S    Gaussian data of standard deviation S
     oned          the paper's 1-D example          PATH|URL      a network pickle of EDM or EDM2, or a weight
                                                                  file written by `save_network`
+    package.module:factory    calls `factory()`, which returns a `Denoiser`; this runs the user's code
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import os
+import re
+import sys
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 from urllib.parse import urlsplit
@@ -23,15 +29,15 @@ from art_edm.pickles.archives import load_tensors
 from art_edm.pickles.network import load_network_pickle
 from art_edm.pickles.records import PickleError
 from art_edm.runtime.download import download, is_url
-from art_edm.runtime.files import save_tensors, sha256_of
+from art_edm.runtime.files import file_kind, save_tensors, sha256_of
 
 __all__ = ["NetworkError", "Network", "bundled", "load_classifier", "load_network", "save_classifier",
            "save_network"]
 
 FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1", ResNet: "art_edm.resnet/1"}
 LARGEST_SIZE = 1024  # of a width or resolution of our own networks; memory is taken by these before weights are read
-EXPECTED = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
-SNAPSHOT = "of upstream's files give network-snapshot-*.pkl, not a training state"
+EXPECTED = "mnist, oned, gaussian:S, the path or address of a network pickle or weight file, or package.module:factory"
+SNAPSHOT = "of upstream's files give network-snapshot-*.pkl, not a training state; of others package.module:factory"
 
 
 class NetworkError(ValueError):
@@ -77,12 +83,15 @@ def load_network(
         ValueError: a pickle or an address that is refused; the message says why.
         ConnectionError: an address that cannot be reached now.
     """
-    plain = spec in ("oned", "mnist") or spec.startswith("gaussian:")
+    factory = re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", spec) and not spec.startswith("gaussian:")
+    plain = spec in ("oned", "mnist") or spec.startswith("gaussian:") or factory
     path = bundled("mnist.pt") if spec == "mnist" else None if plain else _file(spec, quiet)
     if path is not None and spec != "mnist" and not _is_weight_file(path):
         return _pickled(path, spec, device, (gnet, guidance, class_idx), trust, quiet)
     if (gnet, guidance, class_idx) != (None, 1, None):
         raise NetworkError(f"{spec} takes no --gnet, --guidance or --class; they are for network pickles")
+    if factory:
+        return _made(spec, device)
     if spec == "oned":
         return Network(one_dimensional().to(device), "oned", None)
     if path is None:
@@ -98,7 +107,12 @@ def _file(spec: str, quiet: bool, option: str = "", expected: str = EXPECTED) ->
     if "://" in spec:
         expected = "http:// or https://; download it, and give its path"
         raise NetworkError(f"{option}found the address {spec}, expected {expected}")
-    path = Path(spec)
+    path = Path(spec).expanduser()
+    if spec and path.is_dir():
+        held = sorted(item.name for item in path.iterdir() if item.suffix in (".pkl", ".pt", ".pth"))
+        what = ", ".join(held[:3]) + ", ..." * (len(held) > 3)
+        raise NetworkError(f"{option}found the folder {path} " + (f"with {what}; give one of these files" if held else
+                           f"without network pickles (*.pkl); expected {expected}"))
     if not path.is_file():
         looks_like_path = path.suffix or len(path.parts) > 1
         found = f"no file {path}" if looks_like_path else f"unknown network {spec!r}"
@@ -107,13 +121,12 @@ def _file(spec: str, quiet: bool, option: str = "", expected: str = EXPECTED) ->
 
 
 def _is_weight_file(path: Path) -> bool:
-    """Whether a file is read as our own kind: a zip, or nothing that a pickle could begin with."""
+    """Whether a file is read as our own kind: a zip of torch.save, or named as one and no pickle."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(2)
+        kind = file_kind(path)
     except OSError as error:
         raise NetworkError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    return head == b"PK" or path.suffix in (".pt", ".pth")
+    return "torch.save" in kind or (path.suffix in (".pt", ".pth") and kind != "a pickle")
 
 
 def _pickled(
@@ -138,6 +151,31 @@ def load_classifier(kind: type, path: Optional[Path] = None) -> torch.nn.Module:
     """The bundled classifier of `kind` (LeNet or ResNet), or one from a weight file."""
     path = path or bundled(f"{kind.__name__.lower()}.pt")
     return _fill(kind, _read(path, kind), path)
+
+
+def _made(spec: str, device: Union[str, torch.device]) -> Network:
+    """What the user's `package.module:factory` returns; the current folder is searched as with `python -m`."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module), name)
+        made = factory()
+    except Exception as error:  # whatever the user's code raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        hint = "; put its folder on PYTHONPATH" if isinstance(error, ImportError) else ""
+        raise NetworkError(f"{spec} could not be called ({reason}), expected a function that returns a Denoiser{hint}"
+                           ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(made, Denoiser):
+        raise NetworkError(f"{spec} returned a {type(made).__name__}, expected an art_edm.models.denoiser.Denoiser; a "
+                           "network like EDM's becomes one by art_edm.models.nvlabs.NetworkDenoiser(net)")
+    made = made.to(device).eval().requires_grad_(False)
+    digest = hashlib.sha256()
+    for key, value in made.state_dict().items():
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return Network(made, name, digest.hexdigest(), {"factory": spec})
 
 
 def _gaussian(spec: str) -> GaussianDenoiser:

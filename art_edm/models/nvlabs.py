@@ -2,7 +2,7 @@
 
 Symbols
 -------
-net, gnet   main and guiding network: net(x, sigma, class_labels, force_fp32=...) -> D(x; sigma)
+net, gnet   main and guiding network: net(x, sigma, class_labels[, force_fp32=...]) -> D(x; sigma)
 guidance    w in D = D_gnet + w (D_net - D_gnet); 1 leaves gnet out
 u           the noise levels that a discrete-noise network (iDDPMPrecond) was trained at, descending
 
@@ -12,7 +12,9 @@ neither, and is used from 0.002 to 80 as its own sampler does.
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+import inspect
+from contextlib import nullcontext
+from typing import Dict, Optional, Tuple
 
 import torch
 
@@ -36,7 +38,8 @@ class NetworkDenoiser(Denoiser):
         gnet: the guiding network; needed if guidance is not 1.
         guidance: w; the field that ART measures and samples is then the guided one.
         class_idx: the class of all images; None draws one for each.
-        fp32: run in float32 even if the network was made for float16, as differences of D need.
+        fp32: run in float32 even if the network was made for float16, as differences of D need. A network whose
+            forward has no force_fp32 (upstream's samplers never pass it) has its use_fp16 switched off.
 
     `sigma_limits` are those the network itself supports, (0, inf) where it does not tell; the grid is learned
     from 0.002 to 80 at most.
@@ -56,6 +59,7 @@ class NetworkDenoiser(Denoiser):
         self.sigma_min, self.sigma_max = self.round_sigma(torch.tensor(ends, dtype=torch.float64)).tolist()
         self.sigma_data = float(getattr(net, "sigma_data", SIGMA_DATA))
         self.networks = 1 if self.gnet is None else 2
+        self._options = [_precision(each, fp32) for each in (self.net, self.gnet) if each is not None]
         _check(self, gnet)
 
     @property
@@ -67,10 +71,12 @@ class NetworkDenoiser(Denoiser):
         """D(x; sigma), guided as EDM2's sampler does."""
         # One level for all images is passed once, as upstream's samplers do: the same bits, and one embedding.
         level = sigma[:1] if sigma.stride(0) == 0 else sigma
-        main = self.net(x, level, class_labels, force_fp32=self.fp32).to(x.dtype)
-        if self.gnet is None:
-            return main
-        return self.gnet(x, level, class_labels, force_fp32=self.fp32).to(x.dtype).lerp(main, self.guidance)
+        with torch.autocast(x.device.type, enabled=False) if self.fp32 else nullcontext():
+            main = self.net(x, level, class_labels, **self._options[0]).to(x.dtype)
+            if self.gnet is None:
+                return main
+            guide = self.gnet(x, level, class_labels, **self._options[1]).to(x.dtype)
+        return guide.lerp(main, self.guidance)
 
     def trial(self, name: str) -> None:
         """One uncounted evaluation, so that a network that cannot run says so before any work.
@@ -107,6 +113,17 @@ class NetworkDenoiser(Denoiser):
         higher = torch.minimum(_nearest(u, above), here - 1).clamp(min=0)
         lower = torch.maximum(_nearest(u, below), here + 1).clamp(max=len(u) - 1)
         return u[higher], u[lower]
+
+
+def _precision(net: torch.nn.Module, fp32: bool) -> Dict[str, bool]:
+    """The option that makes `net` compute in float32, or none, and then its own switch is set."""
+    try:
+        takes = "force_fp32" in inspect.signature(net.forward).parameters
+    except (TypeError, ValueError):
+        takes = False
+    if not takes and fp32 and getattr(net, "use_fp16", False) is True:
+        net.use_fp16 = False
+    return {"force_fp32": fp32} if takes else {}
 
 
 def _nearest(u: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from art_edm.pickles.machine import read_pickle
 from art_edm.pickles.records import PickleError
 from art_edm.pickles.tensors import Storage, elements, is_storage_class, storage_fields
 from art_edm.pickles.values import is_data, to_data
-from art_edm.runtime.files import PathLike
+from art_edm.runtime.files import HEAD_BYTES, PathLike, file_kind
 
 __all__ = ["load_tensors"]
 
@@ -35,7 +35,12 @@ def load_tensors(path: PathLike) -> Any:
             return _Archive(archive, len(blob)).content()
     except PickleError as error:
         raise PickleError(f"{path}: {error}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, RuntimeError, ValueError) as error:
+    except zipfile.BadZipFile as error:
+        found = file_kind(blob[:HEAD_BYTES])
+        cut = f"no whole file of torch.save ({error})"
+        raise PickleError(f"{path}: found {cut if 'torch.save' in found or 'unknown' in found else found}, expected a file of "
+                          "torch.save; get it again") from None
+    except (zlib.error, EOFError, LookupError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise PickleError(f"{path}: found no whole file of torch.save ({reason}); get it again") from None
 

@@ -12,8 +12,8 @@ import io
 import pickletools
 from typing import Any, BinaryIO, Callable, Dict, List, Optional, Union
 
-from art_edm.pickles.records import Call, Global, Persistent, PickleError, check_depth, check_key, kind
-from art_edm.runtime.files import PathLike
+from art_edm.pickles.records import Call, Global, NotData, Persistent, PickleError, check_depth, check_key, kind
+from art_edm.runtime.files import HEAD_BYTES, PathLike, file_kind
 
 __all__ = ["MAX_OPCODES", "Call", "Global", "Persistent", "PickleError", "read_pickle", "read_pickle_file"]
 
@@ -26,14 +26,14 @@ Allowed = Callable[[str, str], bool]
 
 
 def read_pickle(
-    source: Union[bytes, BinaryIO], allowed: Optional[Allowed] = None, limit: int = MAX_OPCODES
+    source: Union[bytes, BinaryIO], allowed: Optional[Allowed] = None, limit: Optional[int] = None
 ) -> Any:
     """The tree of one pickle of any protocol; a file is left just behind it, so that another can follow.
 
     Args:
         source: the bytes, or a binary file that can seek.
         allowed: allowed(module, name) says which names may occur; None allows all, as none is looked up.
-        limit: most instructions.
+        limit: most instructions; default MAX_OPCODES.
     Raises:
         PickleError: damaged, truncated, too large or too deep, or a name that is not allowed.
     """
@@ -41,7 +41,7 @@ def read_pickle(
     start = file.tell()
     end = file.seek(0, io.SEEK_END)
     file.seek(start)
-    tree = _Machine(_Source(file, end - start), allowed).run(limit)
+    tree = _Machine(_Source(file, end - start), allowed).run(limit or MAX_OPCODES)
     check_depth(tree)
     return tree
 
@@ -50,14 +50,13 @@ def read_pickle_file(path: PathLike, allowed: Optional[Allowed] = None) -> Any:
     """As `read_pickle`, of a file; the PickleError names what other kind of file it is, where that shows."""
     try:
         with open(path, "rb") as file:
-            head = file.read(64).lstrip()
-            if not head:
-                raise PickleError("found an empty file, expected a pickle; get it again")
-            if head.startswith(b"PK"):
+            head = file.read(HEAD_BYTES)
+            found = file_kind(head if head.strip() else b"")
+            if "torch.save" in found:
                 raise PickleError("found a zip as torch.save writes it, a training state and not a network snapshot; "
                                   "give network-snapshot-*.pkl")
-            if head.startswith(b"<"):
-                raise PickleError("found a web page, expected a pickle; check the address it came from")
+            if found not in ("a pickle", "a file of unknown kind"):  # protocols 0 and 1 have no mark of their own
+                raise PickleError(f"found {found}, expected a pickle; get it again")
             file.seek(0)
             return read_pickle(file, allowed)
     except OSError as error:
@@ -174,8 +173,8 @@ class _Machine:
             if not (isinstance(text, str) and 0 < len(text) <= MAX_NAME and text.isprintable() and " " not in text):
                 raise PickleError("found a reference whose name is no name, which no network pickle needs")
         if self.allowed is not None and not self.allowed(module, name):
-            raise PickleError(f"found a reference to {module}.{name}, which no plain data and no network of EDM "
-                              "or EDM2 needs; nothing was run")
+            raise NotData(f"found a reference to {module}.{name}, which no plain data and no network of EDM or EDM2 "
+                          "needs; nothing was run")
         return Global(module, name)
 
     def written_name(self, pair: str) -> Global:

@@ -14,7 +14,7 @@ import torch
 
 from art_edm.pickles.known_sources import Listed, listed_sources, run_source, sha256_of_source
 from art_edm.pickles.machine import read_pickle_file
-from art_edm.pickles.records import Call, Global, Handler, Parts, PickleError, expect, plain_name, walk
+from art_edm.pickles.records import Call, Global, Handler, NotData, Parts, PickleError, expect, plain_name, walk
 from art_edm.pickles.trusted import load_trusted
 from art_edm.pickles.values import is_data, to_data
 from art_edm.runtime.files import PathLike
@@ -27,7 +27,21 @@ _CONTAINERS = {f"torch.nn.modules.container.{cls.__name__}": cls for cls in (
 )}
 _ENCODERS = ("StandardRGBEncoder", "StabilityVAEEncoder")
 _VAE = "stabilityai/sd-vae-ft-mse"  # the one of EDM2's networks; another name would be fetched and unpickled
-_NEEDED = ("img_resolution", "img_channels", "label_dim")
+_SIZES = ("img_resolution", "img_channels", "label_dim")
+_NUMBERS = {  # least and most
+    "img_resolution": (1, 8192), "img_channels": (1, 1024), "label_dim": (0, 1_000_000),
+    "sigma_data": (1e-6, 1e6), "sigma_min": (0, 1e6), "sigma_max": (1e-6, float("inf")),
+}
+_MAX_IMAGE = 1 << 27  # numbers in one image: 8192 x 8192 x 2
+_WRAPPERS = ("module", "_orig_mod")  # where DataParallel, AveragedModel and torch.compile keep the network itself
+# Objects that forks leave beside the network. Their names may occur; they are neither made nor read.
+_BESIDE = {
+    "argparse.Namespace", "types.SimpleNamespace", "torch.device", "torch.Size", "datetime.datetime",
+    "datetime.timedelta",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local")
+      for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    *(f"torch.{name}" for name in ("float16", "float32", "float64", "bfloat16", "int32", "int64", "uint8", "bool")),
+}
 
 Sources = Dict[str, Dict[str, Optional[str]]]
 
@@ -88,14 +102,34 @@ def load_network_pickle(path: PathLike, trust: bool = False, lock: Optional[Path
     try:
         known = listed_sources(lock)
         loaded = _load_trusted(path, known) if trust else _load_known(path, known)
-        missing = [name for name in _NEEDED if not isinstance(getattr(loaded.net, name, None), int)]
-        if missing:
-            raise NetworkPickleError(f"found a {loaded.class_name} without {missing[0]} as its network, expected one "
-                                     "of EDM's or EDM2's Precond classes; give network-snapshot-*.pkl")
+        _check_numbers(loaded.net, loaded.class_name)
     except ValueError as error:
         kind = UnknownSource if isinstance(error, UnknownSource) else NetworkPickleError
-        raise kind(f"{path}: {error}") from None
+        remedy = "; if you trust the file, add --trust-pickle" if isinstance(error, NotData) and not trust else ""
+        raise kind(f"{path}: {error}{remedy}") from None
     return loaded._replace(net=loaded.net.cpu().eval().requires_grad_(False))
+
+
+def _check_numbers(net: torch.nn.Module, name: str) -> None:
+    """Refuse a network without the numbers that its use needs, or with ones that would take all memory."""
+    for key, (least, most) in _NUMBERS.items():
+        value = getattr(net, key, None)
+        if value is None and key.startswith("sigma"):
+            continue
+        if key in _SIZES and not isinstance(value, int):
+            raise NetworkPickleError(f"found a {name} without {key} as its network, expected one of EDM's or EDM2's "
+                                     "Precond classes; give network-snapshot-*.pkl, or for a network of your own "
+                                     "--network=package.module:factory")
+        try:
+            value = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # not a number; an integer of many digits
+            value = float("nan")
+        if not least <= value <= most:
+            raise NetworkPickleError(f"found {key} {value:g}, expected {least:g} to {most:g}; the file is damaged: get "
+                                     "it again")
+    if net.img_channels * net.img_resolution**2 > _MAX_IMAGE:
+        raise NetworkPickleError(f"found {net.img_channels} channels of {net.img_resolution}^2 pixels, expected at "
+                                 f"most {_MAX_IMAGE} numbers in an image; the file is damaged: get it again")
 
 
 def _load_known(path: PathLike, known: Mapping[str, Listed]) -> NetworkPickle:
@@ -115,7 +149,7 @@ def _load_known(path: PathLike, known: Mapping[str, Listed]) -> NetworkPickle:
 
 def _is_allowed(module: str, name: str) -> bool:
     text = plain_name(Global(module, name))
-    return is_data(module, name) or text == _PERSISTENT or text in _CONTAINERS
+    return is_data(module, name) or text == _PERSISTENT or text in _CONTAINERS or text in _BESIDE
 
 
 def _entries(tree: Any) -> Dict[Any, Any]:
@@ -220,7 +254,9 @@ def _encoder(node: Any, known: Mapping[str, Listed]) -> Optional[Encoder]:
 
 def _load_trusted(path: PathLike, known: Mapping[str, Listed]) -> NetworkPickle:
     content, hashes = load_trusted(path)
-    net = content.get("ema") if isinstance(content, dict) else None
+    net = content.get("ema") if isinstance(content, dict) else content
+    while isinstance(net, torch.nn.Module) and (inner := [n for n in _WRAPPERS if n in net._modules]):
+        net = net._modules[inner[0]]
     if not isinstance(net, torch.nn.Module):
         raise NetworkPickleError("found a pickle without a network in it, expected a dict with the entry ema; give "
                                  "network-snapshot-*.pkl or an official pickle")
@@ -228,6 +264,6 @@ def _load_trusted(path: PathLike, known: Mapping[str, Listed]) -> NetworkPickle:
     for sha256, class_name in hashes.items():
         listed = known.get(sha256)
         sources.setdefault(listed.file if listed else class_name, {})[sha256] = listed.commit if listed else None
-    ready = content.get("encoder")
+    ready = content.get("encoder") if isinstance(content, dict) else None
     encoder = None if ready is None else Encoder(type(ready).__name__, dict(vars(ready)), None, ready)
     return NetworkPickle(net, type(net).__name__, sources, encoder)

@@ -18,8 +18,8 @@ import re
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 __all__ = [
-    "MAX_DEPTH", "Call", "Global", "Handler", "Parts", "Persistent", "PickleError", "check_depth", "check_key",
-    "children", "expect", "kind", "plain_name", "walk",
+    "MAX_DEPTH", "MAX_NUMBER_KEYS", "Call", "Global", "Handler", "NotData", "Parts", "Persistent", "PickleError",
+    "check_depth", "check_key", "children", "expect", "kind", "plain_name", "walk",
 ]
 
 MAX_NUMBER_KEYS = 1000  # in one dict or set
@@ -28,6 +28,10 @@ MAX_DEPTH = 100  # of a tree; a network has some 30, and what reads the tree may
 
 class PickleError(ValueError):
     """Not a pickle, or one that is refused; the message is one line."""
+
+
+class NotData(PickleError):
+    """A pickle that asks for more than data; its maker may be trusted all the same."""
 
 
 class Global:

@@ -39,8 +39,18 @@ def load_trusted(path: PathLike) -> Tuple[Any, Dict[str, str]]:
                 return _Unpickler(file, sources).load(), sources
         except Exception as error:  # whatever the code in the pickle raises
             reason = " ".join(str(error).split())[:200]
-            raise PickleError(f"could not be unpickled ({type(error).__name__}: {reason}); check that it is whole and "
-                              "that what it needs is installed") from None
+            raise PickleError(f"could not be unpickled ({type(error).__name__}: {reason}); {_remedy(error)}") from None
+
+
+def _remedy(error: Exception) -> str:
+    missing = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if missing in ("torch_utils", "dnnlib"):
+        return "upstream's modules are needed; get them with: python tools/patch_upstream.py"
+    if missing or isinstance(error, AttributeError):
+        return "put the folder of the modules that define its classes on PYTHONPATH"
+    if "process group" in str(error):
+        return "its network is wrapped for training in several processes; save ema.module instead"
+    return "check that it is whole and that what it needs is installed"
 
 
 class _Unpickler(pickle.Unpickler):
@@ -68,14 +78,12 @@ class _Unpickler(pickle.Unpickler):
 
 @contextmanager
 def _upstream_importable() -> Iterator[None]:
-    """torch_utils and dnnlib from where they are importable already, else from a checkout."""
-    if all(importlib.util.find_spec(name) is not None for name in ("torch_utils", "dnnlib")):
+    """torch_utils and dnnlib from where they are importable already, else from a checkout if there is one."""
+    checkout = find_checkout()
+    known = all(importlib.util.find_spec(name) is not None for name in ("torch_utils", "dnnlib"))
+    if known or checkout is None:
         yield
         return
-    checkout = find_checkout()
-    if checkout is None:
-        raise PickleError("to run the code in it, upstream's modules torch_utils and dnnlib are needed and were not "
-                          "found; get them with: python tools/patch_upstream.py")
     sys.path.insert(0, str(checkout))
     try:
         yield

@@ -18,6 +18,7 @@ from art_edm.pickles.records import (
     Call,
     Global,
     Handler,
+    NotData,
     Parts,
     Persistent,
     PickleError,
@@ -100,7 +101,7 @@ class _Converter:
             name, args, items = _reconstructed(name, node)
         handler = self.handlers.get(name)
         if handler is None:
-            raise PickleError(f"found a call of {name}, which is not plain data; nothing was run")
+            raise NotData(f"found a call of {name}, which is not plain data; nothing was run")
         expect(not node.kwargs and not node.elements, name, "keywords or elements")
         expect("state" in handler.takes or node.state is None, name, "a state")
         expect("items" in handler.takes or not items, name, "items")

@@ -16,6 +16,7 @@ import atexit
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -31,6 +32,7 @@ from art_edm.runtime.heartbeat import Lines
 
 __all__ = ["ALONE", "World", "resolve_device", "world"]
 
+_NO_FLOAT64 = ("mps",)
 _POLL = 0.02  # s
 _FAREWELL = 10.0  # s that the others leave process 0 to print before they end
 _PATIENCE = 2.0  # s for a line to be seen closed after a sum has failed
@@ -200,7 +202,7 @@ def world(device: str = "auto") -> Iterator[World]:
         with here.phase():
             here.device = resolve_device(device)
         distributed.init_process_group(
-            "nccl" if here.device.type == "cuda" else "gloo", store=distributed.PrefixStore("sums", store),
+            _backend(here, distributed.PrefixStore("devices", store)), store=distributed.PrefixStore("sums", store),
             rank=rank, world_size=size,
         )
         yield here
@@ -240,16 +242,37 @@ def _wait(printed: Any) -> None:
         pass
 
 
+def _backend(here: World, store: Any) -> str:
+    """NCCL where each process has a GPU of its own; two on one GPU only Gloo can serve, and it serves CPUs."""
+    if here.device.type != "cuda":
+        return "gloo"
+    own = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')} {here.device.index}"
+    store.set(str(here.rank), own)
+    return "nccl" if len({store.get(str(rank)) for rank in range(here.size)}) == here.size else "gloo"
+
+
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> device; of several processes on one machine each takes its own GPU.
+
+    A process that sees a single GPU takes that one: it is its own where the launcher shows each process another.
 
     Raises:
         ValueError: this device cannot be used here.
     """
+    rank, alone = int(os.environ.get("LOCAL_RANK", "0")), os.environ.get("WORLD_SIZE", "1") == "1"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        count = torch.cuda.device_count()
+        if rank >= count > 1:
+            raise ValueError(f"found {count} GPUs for process {rank} of this machine, expected one for each; start at "
+                             f"most {count} processes, or choose --device=cpu")
+        name = f"cuda:{rank if count > 1 else 0}"
+    elif name.startswith("cuda:") and not alone:
+        raise ValueError(f"found --device={name} for several processes, expected --device=cuda: each takes its own GPU")
+    if name.partition(":")[0] in _NO_FLOAT64:
+        raise ValueError(f"cannot use --device={name}: paths are followed in float64, which it does not have; expected "
+                         "cpu or cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
+import sys
 
 import pytest
 import torch
@@ -56,7 +58,8 @@ def test_unknown_names(name, found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NetworkError) as caught:
         load_network(name)
-    expected = "mnist, oned, gaussian:S or the path or address of a network pickle or weight file"
+    expected = ("mnist, oned, gaussian:S, the path or address of a network pickle or weight file, or "
+                "package.module:factory")
     assert str(caught.value) == f"{found}; expected {expected}"
 
 
@@ -172,7 +175,8 @@ class Malicious:
 def test_code_in_a_file_is_not_executed(path, tmp_path, write):
     marker = tmp_path / "executed"
     write({"format": "art_edm.score/1", "config": Malicious(marker)}, path)
-    refused(path, "is truncated or not a weight file")
+    with pytest.raises(ValueError, match="is truncated or not a weight file.*posix.mkdir|reference to posix.mkdir"):
+        load_network(str(path))
     assert not marker.exists()
     if write is torch.save:  # the twin: the file does carry code
         torch.load(path, weights_only=False)
@@ -193,3 +197,80 @@ def test_weights_that_do_not_fit(path, change, reason):
     with pytest.raises(NetworkError) as caught:
         load_network(str(path))
     assert re.search(reason, str(caught.value))
+
+
+# --- recognised by first bytes; folders; ~ ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pt", ""])
+@pytest.mark.parametrize("content, found", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
+    (b"\x1f\x8b" + bytes(50), "a gzip file"),
+    (b"\x93NUMPY" + bytes(50), "a .npy array"), (b"<!DOCTYPE html><html>", "a web page"), (b'{"a": 1}', "a JSON text"),
+    ((2).to_bytes(8, "little") + b'{"a":{}}', "a .safetensors file"),
+])
+def test_the_kind_of_a_foreign_file_is_named(tmp_path, suffix, content, found):
+    path = tmp_path / f"net{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"net{suffix}.*found {found}|truncated.*found {found}") as caught:
+        load_network(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_named_as_a_weight_file_is_read_as_a_pickle(tmp_path):
+    (tmp_path / "net.pt").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="a pickle without a network"):
+        load_network(str(tmp_path / "net.pt"))
+
+
+def test_a_folder(tmp_path, path):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(NetworkError, match=r"the folder .*runs without network pickles \(\*.pkl\); expected mnist"):
+        load_network(str(tmp_path / "runs"))
+    for number in range(5):
+        (tmp_path / "runs" / f"network-snapshot-{number}.pkl").touch()
+    with pytest.raises(NetworkError, match="the folder .*runs with network-snapshot-0.pkl, .*-2.pkl, ...; give one"):
+        load_network(str(tmp_path / "runs"))
+
+
+def test_home(tmp_path, path, monkeypatch):
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert load_network(f"~/{path.name}").sha256 == sha256_of(path)
+
+
+# --- package.module:factory ---------------------------------------------------------------------------
+
+FACTORY = """
+import torch
+from art_edm.models.analytic import GaussianDenoiser
+ran = True
+def make(): return GaussianDenoiser(0.25, 1.0, (1, 2, 2))
+def plain(): return torch.nn.Linear(1, 1)
+def fails(): raise KeyError("no weights\\nhere")
+value = 3
+"""
+
+
+def test_a_factory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_factory.py").write_text(FACTORY)
+    network = load_network("own_factory:make")
+    assert network.name == "make" and network.details == {"factory": "own_factory:make"}
+    x = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    assert torch.equal(network.denoiser(x, 1.0), GaussianDenoiser(0.25, 1.0, (1, 2, 2))(x, 1.0))
+    sys.modules.pop("own_factory")
+    (tmp_path / "own_factory.py").write_text(FACTORY.replace("0.25", "0.5"))
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert load_network("own_factory:make").identity != network.identity  # other weights are another network
+    for name, match in (("plain", "returned a Linear, expected an art_edm.models.denoiser.Denoiser; .*NetworkDenoiser"),
+                        ("fails", "could not be called .KeyError: .no weights.*here"), ("value", "TypeError"),
+                        ("absent", "AttributeError")):
+        with pytest.raises(NetworkError, match=match) as caught:
+            load_network(f"own_factory:{name}")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(NetworkError, match="No module named 'own_absent'.*on PYTHONPATH"):
+        load_network("own_absent:make")
+    with pytest.raises(NetworkError, match="takes no --gnet"):
+        load_network("own_factory:make", class_idx=1)
+    assert str(tmp_path) not in sys.path
+    sys.modules.pop("own_factory")

@@ -300,3 +300,49 @@ def test_a_good_trial_is_not_counted():
     denoiser = NetworkDenoiser(GaussianNet(label_dim=2))
     denoiser.trial("net.pkl")
     assert denoiser.evaluations == 0 and len(denoiser.net.calls) == 1
+
+
+# --- networks of forks ----------------------------------------------------------------------------------
+
+
+class PlainNet(GaussianNet):
+    """A fork's network: its forward has no force_fp32, and it computes in float16 by its own switch."""
+
+    use_fp16 = True
+
+    def forward(self, x, sigma, class_labels=None):
+        out = super().forward(x, sigma, class_labels)
+        return out.half() if self.use_fp16 else out
+
+
+def test_a_forward_without_force_fp32():
+    x = noise()
+    expected = NetworkDenoiser(GaussianNet())(x, 1.0)
+    net = PlainNet()
+    assert torch.equal(NetworkDenoiser(net)(x, 1.0), expected) and net.use_fp16 is False
+    assert NetworkDenoiser(PlainNet(), gnet=PlainNet(shift=1.0), guidance=2.0)(x, 1.0).shape == x.shape
+    net = PlainNet()
+    assert not torch.equal(NetworkDenoiser(net, fp32=False)(x, 1.0), expected) and net.use_fp16  # the twin: float16
+    with pytest.raises(TypeError):
+        net(x, torch.ones(1), None, force_fp32=True)  # what it would get otherwise
+    assert NetworkDenoiser(GaussianNet(), fp32=False).net is not None
+
+
+class ConvNet(torch.nn.Module):
+    img_channels, img_resolution, label_dim = 1, 4, 0
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, sigma, class_labels=None, force_fp32=False):
+        return self.conv(x.to(torch.float32))
+
+
+def test_the_callers_autocast_does_not_reach_the_network():
+    denoiser, x = NetworkDenoiser(ConvNet()), noise()
+    expected = denoiser(x, 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(denoiser(x, 1.0), expected)
+        assert not torch.equal(NetworkDenoiser(ConvNet(), fp32=False)(x, 1.0), expected)  # the twin

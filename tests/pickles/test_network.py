@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
 import io
 import json
+import pathlib
 import pickle
 import sys
 import zipfile
@@ -288,3 +292,114 @@ def test_errors_of_a_trusted_pickle_are_one_line(tmp_path, checkout):
         path.write_bytes(content)
         printed = run_python(TRUST, path, cwd=tmp_path, env={"ART_EDM_UPSTREAM": str(checkout)}).stdout
         assert match in printed and printed.count("\n") == 1
+
+
+# --- networks of forks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key, value, shown", [
+    ("img_resolution", 0, "0"), ("img_resolution", 10**9, r"1e\+09"), ("img_resolution", 10**400, "nan"),
+    ("img_channels", 5000, "5000"), ("label_dim", -1, "-1"), ("label_dim", 10**8, r"1e\+08"), ("sigma_data", 0.0, "0"),
+    ("sigma_data", "a", "nan"), ("sigma_data", float("nan"), "nan"), ("sigma_data", [1, 2], "nan"),
+    ("sigma_min", -1.0, "-1"), ("sigma_max", 0, "0"),
+])
+def test_absurd_numbers(tmp_path, lock, key, value, shown):
+    def make(classes):
+        net = classes["Net"]()
+        setattr(net, key, value)
+        return {"ema": net}
+
+    path = save(tmp_path / "n.pkl", make)
+    assert hasattr(plain_loads(path.read_bytes())["ema"], key)  # the twin takes it
+    refused(path, f"found {key} {shown}, expected", lock=lock)
+
+
+def test_an_image_of_too_many_numbers(tmp_path, lock):
+    def make(classes):
+        net = classes["Net"]()
+        net.img_resolution, net.img_channels = 8192, 1024
+        return {"ema": net}
+
+    refused(save(tmp_path / "n.pkl", make), r"found 1024 channels of 8192\^2 pixels, expected at most", lock=lock)
+
+
+def test_usual_numbers_pass(tmp_path, lock):
+    def make(classes):
+        net = classes["Net"]()
+        net.sigma_min, net.sigma_max, net.sigma_data, net.label_dim = 0, float("inf"), 0.5, 60_000
+        return {"ema": net}
+
+    assert load_network_pickle(save(tmp_path / "n.pkl", make), lock=lock).net.label_dim == 60_000
+
+
+def test_harmless_objects_beside_the_network(tmp_path, lock):
+    beside = {
+        "path": pathlib.PurePosixPath("/a/b"), "args": argparse.Namespace(lr=1.0), "dtype": torch.float16,
+        "device": torch.device("cpu"), "size": torch.Size([2]), "now": datetime.datetime(2024, 1, 1),
+    }
+    path = save(tmp_path / "n.pkl", lambda c: {"ema": c["Net"](), **beside})
+    assert load_network_pickle(path, lock=lock).class_name == "Net"
+
+    def within(classes):
+        net = classes["Net"]()
+        net.args = argparse.Namespace(lr=1.0)
+        return {"ema": net}
+
+    refused(save(path, within), "call of argparse.Namespace, which is not plain data.*--trust-pickle", lock=lock)
+    refused(save(path, lambda c: {"ema": c["Net"](), "x": collections.Counter("a")}),
+            "reference to collections.Counter, .*; nothing was run; if you trust the file, add --trust", lock=lock)
+
+
+OWN = """
+import torch
+
+class Own(torch.nn.Module):
+    img_resolution, img_channels, label_dim = 4, 1, 0
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x, sigma, class_labels=None):
+        return x * self.gain
+"""
+WRAPPED = ("plain", "alone", "AveragedModel", "DataParallel", "compile", "DistributedDataParallel")
+WRAP = """
+import pickle, sys, torch
+from own import Own
+net = Own()
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+contents = {
+    "plain": {"ema": net}, "alone": net, "AveragedModel": {"ema": torch.optim.swa_utils.AveragedModel(net)},
+    "DataParallel": {"ema": torch.nn.DataParallel(net)}, "compile": {"ema": torch.compile(net)},
+    "DistributedDataParallel": {"ema": torch.nn.parallel.DistributedDataParallel(net)},
+}
+for name, content in contents.items():
+    with open(f"{name}.pkl", "wb") as file:
+        pickle.dump(content, file)
+"""
+TRUST_ALL = """
+import sys
+from art_edm.pickles.network import load_network_pickle
+for path in sys.argv[1:]:
+    try:
+        loaded = load_network_pickle(path, trust=True)
+    except ValueError as error:
+        print(error)
+    else:
+        print(loaded.class_name, loaded.net.training, loaded.sources)
+"""
+
+
+def test_networks_of_ones_own_and_wrapped_ones(tmp_path):
+    """Each works with --trust-pickle, or the line says what to do."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "own.py").write_text(OWN)
+    here, paths = {"PYTHONPATH": str(tmp_path / "modules")}, [tmp_path / f"{name}.pkl" for name in WRAPPED]
+    run_python(WRAP, cwd=tmp_path, env=here)
+    for path in paths:
+        refused(path, "found a reference to .*; if you trust the file, add --trust-pickle")
+    *works, parallel = run_python(TRUST_ALL, *paths, cwd=tmp_path, env=here).stdout.splitlines()
+    assert works == ["Own False {}"] * 5 and "save ema.module instead" in parallel
+    (absent,) = run_python(TRUST_ALL, paths[0], cwd=tmp_path).stdout.splitlines()
+    assert "No module named 'own'" in absent and "on PYTHONPATH" in absent

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
+from art_edm.runtime import distributed
 from art_edm.runtime.distributed import World, resolve_device, world
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
 
@@ -118,3 +120,36 @@ def test_devices():
         with pytest.raises(ValueError, match="cannot use --device=cuda"):
             resolve_device("cuda")
     assert "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1"
+
+
+def test_devices_of_one_process_among_several(monkeypatch):
+    """Judged by what torch says of GPUs; that of this process is made up."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: None)
+    for count, rank, expected in ((1, 0, 0), (1, 3, 0), (4, 3, 3), (4, 0, 0)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert resolve_device("cuda") == torch.device("cuda", expected) == taken[-1]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="found 4 GPUs for process 4 of this machine, expected one for each"):
+        resolve_device("cuda")
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="found --device=cuda:1 for several processes, expected --device=cuda"):
+        resolve_device("cuda:1")
+    with pytest.raises(ValueError, match="cannot use --device=mps: paths are followed in float64"):
+        resolve_device("mps")
+
+
+@pytest.mark.parametrize("names, expected", [(["0", "1"], "nccl"), (["0", "0"], "gloo")])
+def test_two_processes_on_one_gpu_sum_by_gloo(monkeypatch, names, expected):
+    store = HashStore()
+    worlds = [World(rank, 2, device=torch.device("cuda", 0)) for rank in range(2)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names[0])
+    with pytest.raises(RuntimeError):  # waits for the other one
+        store.set_timeout(timedelta(milliseconds=10))
+        distributed._backend(worlds[0], store)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names[1])
+    assert distributed._backend(worlds[1], store) == expected
+    assert distributed._backend(World(device=torch.device("cpu")), store) == "gloo"
