@@ -37,9 +37,9 @@ def load_tensors(path: PathLike) -> Any:
         raise PickleError(f"{path}: {error}") from None
     except zipfile.BadZipFile as error:
         found = file_kind(blob[:HEAD_BYTES])
-        cut = f"no whole file of torch.save ({error})"
-        raise PickleError(f"{path}: found {cut if 'torch.save' in found or 'unknown' in found else found}, expected a file of "
-                          "torch.save; get it again") from None
+        if "torch.save" in found or "unknown" in found:
+            found = f"no whole file of torch.save ({error})"
+        raise PickleError(f"{path}: found {found}, expected a file of torch.save; get it again") from None
     except (zlib.error, EOFError, LookupError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise PickleError(f"{path}: found no whole file of torch.save ({reason}); get it again") from None

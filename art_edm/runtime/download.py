@@ -32,6 +32,7 @@ from art_edm.runtime.transfer import (
     Refusal,
     discard,
     disk_errors,
+    open_plain,
     read_note,
     size_of,
     transfer,
@@ -234,7 +235,7 @@ def _locked(job: _Job) -> Iterator[None]:
     """Alone among processes and threads at work on this file; waits for the one before."""
     lock = job.path.with_name(job.path.name + ".lock")
     with disk_errors(lock):
-        file = open(lock, "ab")
+        file = open_plain(lock, "ab")
     with file:
         waited = False
         while not _try_lock(file):

@@ -17,18 +17,19 @@ import time
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import IO, Any, Callable, Dict, Iterator, Optional, Tuple
 
 import requests
 
 __all__ = [
     "ELSEWHERE", "LONGEST_WAIT", "PAGE", "TIMEOUT", "Passing", "Refusal",
-    "discard", "disk_errors", "read_note", "size_of", "transfer", "write_note",
+    "discard", "disk_errors", "open_plain", "read_note", "size_of", "transfer", "write_note",
 ]
 
 TIMEOUT = (10.0, 30.0)  # s: to connect, and of silence between bytes
 LONGEST_WAIT = 60.0  # s: a server that asks for more (Retry-After) is left alone
 BLOCK = 1 << 16  # bytes read at a time
+LARGEST = 1 << 35  # bytes of a file; a server may never end
 PAGE = "the address answered with a web page, not a file"
 ELSEWHERE = "download it elsewhere and give the path of the file"
 
@@ -126,7 +127,7 @@ def _failure(reply: requests.Response) -> Exception:
 
 def _retry_after(text: str) -> float:
     """Seconds to wait by a Retry-After header, which holds seconds or a date."""
-    if text.strip().isdigit():
+    if text.isascii() and text.strip().isdigit():
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
@@ -137,12 +138,13 @@ def _retry_after(text: str) -> float:
 def _content_length(reply: requests.Response) -> Optional[int]:
     text = reply.headers.get("Content-Length", "")
     chunked = "chunked" in reply.headers.get("Transfer-Encoding", "").lower()
-    return int(text) if text.isdigit() and not chunked else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 and not chunked else None
 
 
 def _content_range(reply: requests.Response) -> Tuple[int, Optional[int]]:
     """First byte and length of the whole file; -1 if the header is not of one range to the file's end."""
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", reply.headers.get("Content-Range", "").strip())
+    text = reply.headers.get("Content-Range", "").strip()
+    found = re.fullmatch(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", text)
     first, last, length = (int(n) for n in found.groups()) if found else (-1, -1, 0)
     return (first, length) if found and last + 1 == length else (-1, None)
 
@@ -153,10 +155,14 @@ def _receive(
     """Write the body behind the first `offset` bytes of the part."""
     tag = reply.headers.get("ETag", "")
     validator = tag if tag.startswith('"') else reply.headers.get("Last-Modified")  # a weak tag serves no range
-    with disk_errors(part), open(part, "ab" if offset else "wb") as file:
+    if (length or 0) > LARGEST:
+        raise Refusal(f"found {length} bytes, expected at most {LARGEST}", f"correct the address, or {ELSEWHERE}")
+    with disk_errors(part), open_plain(part, "ab" if offset else "wb") as file:
         if not offset:  # after the old bytes are gone, before the first new one
             write_note(part, {"source": _source(url), "validator": validator, "length": length})
         for block in reply.iter_content(BLOCK):
+            if offset + len(block) > LARGEST:
+                raise Refusal(f"the body does not end within {LARGEST} bytes", f"correct the address, or {ELSEWHERE}")
             offset += file.write(block)
             file.flush()  # so that a process that is killed loses less than a block
             shown(offset, length)
@@ -198,7 +204,13 @@ def read_note(path: Path) -> Dict[str, Any]:
 
 def write_note(path: Path, content: Dict[str, Any]) -> None:
     """Write the note beside a file; in place, as the writer is alone and `read_note` bears half of one."""
-    path.with_name(path.name + ".json").write_text(json.dumps(content) + "\n")
+    with open_plain(path.with_name(path.name + ".json"), "w") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def open_plain(path: Path, mode: str) -> IO[Any]:
+    """`open` of a file whose name others can guess: a symbolic link that waits there is an error, not followed."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666))
 
 
 def discard(part: Path) -> None:

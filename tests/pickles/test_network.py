@@ -391,6 +391,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_networks_of_ones_own_and_wrapped_ones(tmp_path):
     """Each works with --trust-pickle, or the line says what to do."""
     (tmp_path / "modules").mkdir()

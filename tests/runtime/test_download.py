@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 import requests
@@ -269,19 +270,54 @@ def test_addresses_that_end_alike_have_files_of_their_own(server):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_full_disk(server):
+def test_a_full_disk(server, monkeypatch):
     url = server.on("/net.pkl", whole(CONTENT))
-    folder = cache_dir() / "downloads"
-    folder.mkdir()
-    part = folder / (module._file_name(url) + ".part")
-    part.symlink_to("/dev/full")
+    real = transfer.open_plain
+    monkeypatch.setattr(transfer, "open_plain",
+                        lambda path, mode: real(Path("/dev/full") if path.suffix == ".part" else path, mode))
     with pytest.raises(OSError, match=r"cannot write .*\.part: No space left on device; make room or set") as caught:
         download(url)
     assert not isinstance(caught.value, ConnectionError) and "\n" not in str(caught.value)
     assert len(server.asked) == 1
-    assert_nothing_kept(url, ".part", ".part.json")
-    part.unlink()
+    assert_nothing_kept(url, ".part.json")
+    monkeypatch.setattr(transfer, "open_plain", real)
     assert download(url).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("ending", [".part", ".part.json", ".lock"])
+def test_a_link_that_waits_at_a_name_is_not_followed(server, tmp_path, monkeypatch, ending):
+    url = server.on("/net.pkl", whole(CONTENT))
+    folder, victim = cache_dir() / "downloads", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_bytes(b"mine")
+    (folder / (module._file_name(url) + ending)).symlink_to(victim)
+    with pytest.raises(OSError, match="cannot write .*: Too many levels of symbolic links"):
+        download(url)
+    assert victim.read_bytes() == b"mine" and module._file_name(url) not in files()
+    if ending == ".part":  # the twin: a plain open follows it
+        monkeypatch.setattr(transfer, "open_plain", open)
+        download(url)
+        assert victim.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("answer, reason", [
+    (chunked(CONTENT), "does not end within 100000 bytes"), (whole(CONTENT, length=False), "does not end within"),
+    (whole(CONTENT), f"found {len(CONTENT)} bytes, expected at most 100000"),
+], ids=["chunked", "until closed", "length"])
+def test_an_endless_body(server, slept, monkeypatch, answer, reason):
+    url = server.on("/net.pkl", answer)
+    monkeypatch.setattr(transfer, "LARGEST", 100_000)
+    fails(DownloadRefused, url, reason)
+    assert len(server.asked) == 1
+    assert transfer.size_of(cache_dir() / "downloads" / (module._file_name(url) + ".part")) <= 100_000
+    monkeypatch.setattr(transfer, "LARGEST", len(CONTENT))
+    assert download(url).read_bytes() == CONTENT
+
+
+def test_digits_of_other_scripts_in_headers(server, slept):
+    assert "\u00b2".isdigit() and "\u0663".isdigit()  # as Python sees them, though float("\u00b2") fails
+    busy = server.on("/net.pkl", status(503, Retry_After="\u00b2"), whole(CONTENT, Content_Length="\u00b2"))
+    assert download(busy).read_bytes() == CONTENT and slept == [1]
 
 
 def test_a_cache_that_cannot_be_made(server, tmp_path):
