@@ -24,7 +24,7 @@ from art_edm.models.loading import bundled, load_classifier
 from art_edm.runtime.download import download, is_url
 from art_edm.runtime.files import sha256_of
 
-__all__ = ["INCEPTION_SHA256", "INCEPTION_URL", "CallDetector", "Detector", "DetectorError", "LeNetDetector",
+__all__ = ["INCEPTION_SHA256", "INCEPTION_URL", "CallDetector", "Detector", "DetectorError", "ClassifierDetector",
            "load_detector"]
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -59,13 +59,14 @@ class Detector:
         raise NotImplementedError
 
 
-class LeNetDetector(Detector):
-    """The bundled LeNet, or another one, on grey images of 28 x 28 pixels."""
+class ClassifierDetector(Detector):
+    """A classifier of this project, LeNet or the ResNet, on images of the size it is for."""
 
-    dim, classes = LeNet.num_features, 10
+    classes = 10
 
-    def __init__(self, net: LeNet, sha256: str) -> None:
-        self.name, self.sha256, self._net = "lenet", sha256, net
+    def __init__(self, net: torch.nn.Module, sha256: str) -> None:
+        self.name, self.sha256, self._net = type(net).__name__.lower(), sha256, net
+        self.dim = net.num_features
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -139,7 +140,7 @@ def load_detector(
             size = f"{shape[2]}x{shape[1]} with {shape[0]} channel(s)"
             raise DetectorError(f"found images of {size}, expected grey 28x28 for LeNet; choose another --detector")
         path = _verified(bundled("lenet.pt"), sha256)
-        return LeNetDetector(load_classifier(LeNet, path).to(device), sha256_of(path))
+        return ClassifierDetector(load_classifier(LeNet, path).to(device), sha256_of(path))
     if spec == "inception":
         spec, sha256 = INCEPTION_URL, sha256 or INCEPTION_SHA256
     pickled = spec.split("?")[0].lower().endswith(".pkl")

@@ -15,7 +15,7 @@ class LeNet(nn.Module):
     `features` are the 84 penultimate activations, on which the LeNet-FID is computed.
     """
 
-    num_features = 84
+    num_features, img_shape = 84, (1, 28, 28)
 
     def __init__(self) -> None:
         super().__init__()

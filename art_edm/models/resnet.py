@@ -36,6 +36,8 @@ class ResNet(nn.Module):
     `features` are the penultimate activations: the mean over the pixels of the last stage.
     """
 
+    img_shape = (3, 32, 32)
+
     def __init__(self, widths: Sequence[int] = (32, 96, 192)) -> None:
         super().__init__()
         self.num_features = widths[-1]

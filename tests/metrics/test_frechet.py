@@ -145,3 +145,9 @@ def test_inception_score_by_its_definition():
               for part in np.array_split(p, 3)]
     assert inception_score(*sums(p, 3)) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
     assert inception_score(*sums(p, 3))[1] != pytest.approx(np.std(scores, ddof=1), rel=1e-3)
+
+
+def test_moments():
+    features = np.array([[0.0, 1], [2, 5], [4, 3]], np.float32)
+    mean, cov = moments(features)
+    assert mean.tolist() == [2, 3] and cov.tolist() == [[4, 2], [2, 4]]  # divided by n - 1; by n it were 8/3, 4/3

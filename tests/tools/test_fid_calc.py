@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from networks.judge import features_of
 from PIL import Image
 
 from art_edm.metrics.frechet import frechet_distance, moments
@@ -23,6 +22,7 @@ from art_edm.metrics.mnist import load_mnist, to_images
 from art_edm.models.lenet import LeNet
 from art_edm.models.loading import load_classifier
 from tests.support.fid_standin import ROOT, StandIn, save_pickle
+from tests.support.judging import features_of
 
 DIM, SIZE = 16, 6
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks.judge import features_of
 from PIL import Image
 
 from art_edm.compare.sample_cache import Samples
@@ -26,6 +25,7 @@ from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.lenet import LeNet
 from art_edm.models.loading import load_classifier, load_network
 from art_edm.sampling.generate import generate, to_pixels
+from tests.support.judging import features_of
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "fid.py"
 

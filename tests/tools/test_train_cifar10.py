@@ -10,7 +10,7 @@ import pytest
 import train_cifar10 as tool
 from click.testing import CliRunner
 from networks import command as training
-from networks.judge import accuracy
+from networks.classifier import accuracy
 from PIL import Image
 
 from art_edm.metrics.cifar10 import CLASSES, load_cifar10

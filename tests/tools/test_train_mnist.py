@@ -19,10 +19,10 @@ import torch
 import train_mnist as tool
 from click.testing import CliRunner
 from networks import command as training
-from networks import judge as evaluation
-from networks.judge import accuracy, features_of, fid_of
+from networks.classifier import accuracy
 from PIL import Image
 
+from art_edm.compare import sample_cache
 from art_edm.grids.grid import edm
 from art_edm.metrics import mnist
 from art_edm.metrics.frechet import frechet_distance, moments
@@ -31,6 +31,8 @@ from art_edm.models.lenet import LeNet
 from art_edm.models.loading import load_classifier, load_network
 from art_edm.runtime.files import sha256_of
 from art_edm.sampling.generate import generate
+from art_edm.sampling.solvers import sample
+from tests.support.judging import features_of, fid_of
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "train_mnist.py"
 OPTIONS = [
@@ -184,7 +186,7 @@ def test_floor_over_training(card):
 
 
 def test_resume_repeats_nothing_expensive(copy, card, data, monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", None)  # sampling for a FID would fail
+    monkeypatch.setattr(sample_cache, "sample", None)  # sampling for a FID would fail
     monkeypatch.setattr(training, "train_classifier", None)
     result = run(data, copy, "--resume")
     assert result.exit_code == 0, result.output
@@ -197,13 +199,13 @@ def test_stop_in_the_floor_and_resume(copy, card, data, monkeypatch):
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return generate(*args, **kwargs)
+        return sample(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "generate", interrupted)
+    monkeypatch.setattr(sample_cache, "sample", interrupted)
     result = run(data, copy, "--resume")
     assert result.exit_code == 1 and result.output.count("\n") == 1
-    assert result.output.startswith("stopped while sampling; continue with: python ")
-    assert " --resume" in result.output
+    assert result.output.startswith("stopped; what is done is kept")
+    assert "continue with: python " in result.output and " --resume" in result.output
     assert not (copy / "mnist.json").exists()
     monkeypatch.undo()
     assert run(data, copy, "--resume", "--snapshot-samples=0").exit_code == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -14,18 +13,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from art_edm.compare.sample_cache import Work
+from art_edm.compare.score_grids import Plan, score
+from art_edm.compare.tables import Row
 from art_edm.grids.grid import edm
+from art_edm.metrics.detectors import ClassifierDetector, Detector
 from art_edm.metrics.frechet import Moments, frechet_distance, moments
-from art_edm.models.denoiser import Denoiser
-from art_edm.models.loading import NetworkError, load_classifier, load_network, save_classifier, save_network
+from art_edm.models.loading import Network, NetworkError, load_classifier, load_network, save_classifier, save_network
 from art_edm.runtime.cli import Command, command_line, versions
+from art_edm.runtime.distributed import ALONE
 from art_edm.runtime.errors import Stopped
 from art_edm.runtime.files import check_destination, sha256_of, write_json
 from art_edm.runtime.progress import GracefulStop, Progress
+from art_edm.runtime.store import Store
+from art_edm.sampling.baselines import Choice
 from art_edm.sampling.generate import generate, sample_sheet
-from art_edm.sampling.solvers import nfe
-from networks.classifier import ClassifierConfig, train_classifier
-from networks.judge import accuracy, features_of, fid_with_error, measured_features
+from networks.classifier import ClassifierConfig, accuracy, train_classifier
 from networks.loop import Run, read_checkpoint
 from networks.score import ScoreConfig, read_snapshot, snapshot_path, train_score
 
@@ -197,31 +200,35 @@ def _check(settings: Settings) -> None:
 def _work(settings: Settings, data: Dict[str, Any], stop: GracefulStop) -> Dict[str, Any]:
     """All stages; returns the card."""
     data_set = settings.data_set
-    weights, _, card_path, sheet_path = (settings.out / name for name in data_set.results)
+    weights, judge_path, card_path, sheet_path = (settings.out / name for name in data_set.results)
     classifier = _obtain_judge(settings, *data["train"])
     start = None if settings.start is None else load_network(str(settings.start / data_set.results[0])).denoiser
     trained = train_score(
         data["train"][0], settings.score, settings.run("score"), settings.device, settings.snapshots, start
     )
     save_network(weights, trained["ema"])
-    network = load_network(str(weights), settings.device).denoiser  # what is shipped is what is measured
-    judge = Judge(settings, classifier, moments(features_of(classifier, data["train"][0])), stop)
+    network = load_network(str(weights), settings.device)  # what is shipped is what is measured
+    right = accuracy(classifier, *data["test"])
+    detector = ClassifierDetector(classifier.to(settings.device), sha256_of(judge_path))
+    judge = Judge(settings, detector, _moments(detector, data["train"][0], settings.device), stop)
     progress = Progress(SHEET_IMAGES * SHEET_STEPS, "sample sheet", settings.quiet)
-    sheet = edm(SHEET_STEPS, SIGMA_MIN, SIGMA_MAX)
-    sample_sheet(generate(network, sheet, SOLVER, SHEET_IMAGES, settings.seed, 100, progress, stop), sheet_path)
+    grid = edm(SHEET_STEPS, SIGMA_MIN, SIGMA_MAX)
+    images = generate(network.denoiser, grid, SOLVER, SHEET_IMAGES, settings.seed, 100, progress, stop)
+    sample_sheet(images, sheet_path)
     progress.close()
     losses, fid = coarse(trained["losses"]), data_set.fid.lower().replace("-", "_")
     card = {
         "command": settings.command, "data": data_set.note, "start": _origin(settings), "seed": settings.seed,
         "iterations": settings.iterations, "batch": settings.batch,
         "images_seen": settings.iterations * settings.batch,
-        "parameters": sum(p.numel() for p in network.parameters()), "seconds": trained["seconds"],
+        "parameters": sum(p.numel() for p in network.denoiser.parameters()), "seconds": trained["seconds"],
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, --device={settings.device}",
         "final_loss": losses[-1], "losses": losses,
-        "sigma_data": network.sigma_data, "data_mean": network.data_mean,
-        f"{data_set.judge.__name__.lower()}_accuracy": accuracy(classifier, *data["test"]),
-        f"{fid}_test_vs_train": judge.yardstick(data["test"][0]),
-        f"{fid}_floor": judge.floor(network, sha256_of(weights)),
+        "sigma_data": network.denoiser.sigma_data, "data_mean": network.denoiser.data_mean,
+        f"{data_set.judge.__name__.lower()}_accuracy": right,
+        f"{fid}_test_vs_train": frechet_distance(
+            *_moments(detector, data["test"][0], settings.device), *judge.reference),
+        f"{fid}_floor": judge.floor(network),
         "floor_over_training": judge.snapshots(),
         "sha256": {name: sha256_of(settings.out / name) for name in data_set.results[:2]},
         "versions": versions(),
@@ -266,27 +273,28 @@ def _obtain_judge(settings: Settings, pixels: torch.Tensor, labels: torch.Tensor
     return load_classifier(kind, path)
 
 
+def _moments(detector: Detector, pixels: torch.Tensor, device: str) -> Moments:
+    """Mean and covariance of the features of true images."""
+    features = [detector.features(part.to(device)).cpu() for part in pixels.split(1000)]
+    return moments(torch.cat(features).numpy())
+
+
 @dataclass(frozen=True)
 class Judge:
-    """A classifier, and the moments of the training images' features that samples are compared with."""
+    """A classifier as a detector, and the moments of the training images that samples are compared with."""
 
     settings: Settings
-    classifier: nn.Module
+    detector: Detector
     reference: Moments
     stop: GracefulStop
 
-    def yardstick(self, pixels: torch.Tensor) -> float:
-        """FID of true images that were not trained on."""
-        return frechet_distance(*moments(features_of(self.classifier, pixels)), *self.reference)
-
-    def floor(self, network: Denoiser, weights: str) -> Dict[str, Any]:
+    def floor(self, network: Network) -> Dict[str, Any]:
         """What the network reaches when the number of steps does not limit it."""
         num, steps = self.settings.floor_samples, self.settings.floor_steps
-        features, seconds = self._sample(network, weights, num, steps, f"{self.settings.data_set.fid} floor")
-        fid, stderr = fid_with_error(features, self.reference)
+        row = self._score(network, num, steps, f"{self.settings.data_set.fid} floor")
         grid = {"rule": "edm", "num_steps": steps, "sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX, "rho": 7}
-        return {"samples": num, "solver": SOLVER, "grid": grid, "nfe": nfe(SOLVER, steps), "fid": fid, "stderr": stderr,
-                "seconds": seconds}
+        return {"samples": num, "solver": SOLVER, "grid": grid, "nfe": row["nfe"], "fid": row["fid"],
+                "stderr": row["fid_stderr"], "seconds": row["seconds"]}
 
     def snapshots(self) -> List[Dict[str, Any]]:
         """The FID over the course of training, of fewer samples and steps than the floor's."""
@@ -295,25 +303,21 @@ class Judge:
             path = snapshot_path(self.settings.run("score").checkpoint, iteration)
             if not path.exists():  # made with other --snapshots before it was resumed
                 continue
-            network, seconds = read_snapshot(path, self.settings.device)
-            label = f"{self.settings.data_set.fid} at {iteration}"
-            features, _ = self._sample(network, sha256_of(path), num, SNAPSHOT_STEPS, label)
-            fid = frechet_distance(*moments(features), *self.reference)
-            rows.append({"iteration": iteration, "seconds": seconds, "fid": fid, "samples": num,
-                         "nfe": nfe(SOLVER, SNAPSHOT_STEPS)})
+            net, seconds = read_snapshot(path, self.settings.device)
+            network = Network(net, path.stem, sha256_of(path))
+            row = self._score(network, num, SNAPSHOT_STEPS, f"{self.settings.data_set.fid} at {iteration}")
+            rows.append({"iteration": iteration, "seconds": seconds, "fid": row["fid"], "samples": num,
+                         "nfe": row["nfe"]})
         return rows
 
-    def _sample(self, network: Denoiser, weights: str, num: int, steps: int, label: str) -> Tuple[np.ndarray, float]:
-        """Features of samples and the seconds they took, from an earlier run as far as there are any."""
-        settings, grid = self.settings, edm(steps, SIGMA_MIN, SIGMA_MAX)
-        parts = [weights, sha256_of(settings.out / settings.data_set.judge_file), SOLVER, grid.values.tolist(),
-                 settings.seed]  # all that the features of a sample depend on
-        store = settings.out / "floors" / f"{sha256(json.dumps(parts).encode()).hexdigest()[:20]}.npz"
-        progress = Progress(num * steps, label, settings.quiet)
+    def _score(self, network: Network, num: int, steps: int, label: str) -> Row:
+        """Samples by EDM's rule, scored; those that an earlier run has finished are not made again."""
+        choice = Choice("edm", edm(steps, SIGMA_MIN, SIGMA_MAX), "rule")
+        plan = Plan(network, [choice], (SOLVER,), num, seed=self.settings.seed, detector=self.detector,
+                    reference=self.reference)
+        progress = Progress(plan.evaluations, label, self.settings.quiet)
         try:
-            return measured_features(
-                self.classifier, network, grid, SOLVER, num, settings.seed, store, progress=progress, stop=self.stop
-            )
+            return score(plan, Work(Store(self.settings.out / "floors"), ALONE, 250, progress, self.stop))[0]
         finally:
             progress.close()
 

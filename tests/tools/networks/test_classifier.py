@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from networks import classifier as module
-from networks.classifier import ClassifierConfig, train_classifier
+from networks.classifier import ClassifierConfig, accuracy, train_classifier
 from networks.loop import Run
 
 from art_edm.models.lenet import LeNet
@@ -89,3 +89,20 @@ def test_shifts_and_mirrored_images():
         assert ((images == 1).sum(dim=(1, 2, 3)) == 1).all()
         places |= {(int(i) // 16, int(i) % 16) for i in (images == 1).flatten(1).int().argmax(dim=1)}
     assert places == {(row, column) for row in range(6, 11) for column in (3, 4, 5, 6, 7, 8, 9, 10, 11, 12)}
+
+
+def test_features_are_the_input_of_the_last_layer():
+    for net, last in ((LeNet(), "fc2"), (ResNet().eval(), "classify")):
+        images = torch.randn(5, *net.img_shape, generator=torch.Generator().manual_seed(1))
+        features = net.features(images)
+        assert features.shape == (5, net.num_features)
+        assert torch.allclose(getattr(net, last)(features), net(images), atol=1e-5)
+
+
+def test_accuracy_counts():
+    torch.manual_seed(0)
+    lenet, pixels = LeNet(), stripes(8)[0]
+    labels = lenet(pixels / 127.5 - 1).argmax(dim=1)
+    assert accuracy(lenet, pixels, labels, batch=3) == 1
+    labels[:2] = (labels[:2] + 1) % 10
+    assert accuracy(lenet, pixels, labels, batch=3) == 0.75
