@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import click
 from click.core import ParameterSource
 
-from art_edm.grids.grid import Grid, GridError, load_grid, resample
+from art_edm.grids.grid import (
+    RESAMPLING,
+    Grid,
+    GridError,
+    check_distinct,
+    check_range,
+    load_grid,
+    load_provenance,
+    sidecar_path,
+)
 
-__all__ = ["SIGMA_SLACK", "grid_levels", "schedule_option", "solve"]
-
-# How far, relatively, a grid may leave the network's range: upstream's own rule returns its end points only
-# up to rounding.
-SIGMA_SLACK = 1e-6
+__all__ = ["grid_levels", "schedule_option", "solve"]
 
 # Options that a grid leaves nothing to say for: parameter, and how it is written.
 _CONTRADICTING = {
@@ -61,11 +66,11 @@ def grid_levels(
             "whose values are noise levels; expected 'edm', 'linear', 'none'; leave these arguments out"
         )
     grid = grid if isinstance(grid, Grid) else Grid(grid)
-    _check_range(grid, net)
+    check_range(grid, float(getattr(net, "sigma_min", 0)), float(getattr(net, "sigma_max", float("inf"))))
     levels = t_steps.new_tensor(grid.values.tolist())  # [K + 1]
     if hasattr(net, "round_sigma"):
         levels[:-1] = net.round_sigma(levels[:-1]).to(levels)
-    _check_distinct(grid, levels.tolist())
+    check_distinct(grid, levels.tolist())
     return levels
 
 
@@ -101,41 +106,20 @@ def solve(
     return integrate(slope, noise.to(t_steps.dtype) * t_steps[0], t_steps, grid_solver)[0]
 
 
-def _check_range(grid: Grid, net: Any) -> None:
-    """Upstream would clip to the network's range without a word; EDM2's networks have none."""
-    low, high = float(getattr(net, "sigma_min", 0)), float(getattr(net, "sigma_max", float("inf")))
-    if grid.sigma_max > high * (1 + SIGMA_SLACK):
-        raise GridError(
-            f"the grid starts at sigma = {grid.sigma_max:.9g}, above the network's sigma_max = {high:.9g}; "
-            f"make a grid with --sigma-max={high:.9g}"
-        )
-    last = grid.num_steps - 1
-    if grid.values[last] < low * (1 - SIGMA_SLACK):
-        raise GridError(
-            f"step {last} is at sigma = {grid.values[last]:.9g}, below the network's sigma_min = {low:.9g}; "
-            f"make a grid with --sigma-min={low:.9g}"
-        )
-
-
-def _check_distinct(grid: Grid, levels: List[float]) -> None:
-    """Refuse neighbours that rounding made equal (or, where upstream's rounding is inexact, ascending)."""
-    if levels[0] == float("inf"):
-        raise GridError(f"sigma = {grid.sigma_max:.9g} is too large for the sampler's precision; use smaller values")
-    before = grid.values
-    for i, (here, after) in enumerate(zip(levels[:-1], levels[1:])):
-        if not here > after:
-            raise GridError(
-                f"steps {i} and {i + 1} (sigma = {before[i]:.9g} and {before[i + 1]:.9g}) are the same noise level, "
-                f"{here:.9g}, after rounding to those the network supports; use fewer steps"
-            )
-
-
 # --- on the command line -----------------------------------------------------------------------------
 
 
 class _File(NamedTuple):
     path: str
     grid: Grid
+
+    def solver(self) -> Optional[str]:
+        """The solver that the sidecar names, None if it names none; what is wrong with a sidecar is said."""
+        try:
+            return load_provenance(self.path).get("solver")
+        except GridError as error:
+            _say(f"note: {error}")
+            return None
 
 
 class _Unusable(click.ClickException):
@@ -173,7 +157,8 @@ class _ScheduleOption(click.Option):
 def schedule_option(command: click.Command) -> click.Command:
     """Decorator, above `@click.command()`: `--schedule=FILE.npy`, beside the values upstream has for it, if any.
 
-    With it, `--solver` takes the names of `solvers.SOLVERS` too. The command's function then gets `grid`, its number
+    With it, `--solver` takes the names of `solvers.SOLVERS` too; without `--solver`, a solver that the grid's sidecar
+    names is used. The command's function then gets `grid`, its number
     of steps and, for a solver that upstream lacks, `grid_solver`; without a .npy it gets what it got before.
     """
     old = next((p for p in command.params if p.name == "schedule"), None)
@@ -184,6 +169,10 @@ def schedule_option(command: click.Command) -> click.Command:
         + (f". Or: {old.help}" if old and old.help else ""),
     )
     _put(command, old, option)
+    command.params.append(click.Option(
+        ["--resample"], type=click.Choice(list(RESAMPLING)), default="clock", show_default=True,
+        help="How a grid comes to another number of --steps: by its clock, or by the paper's rule.",
+    ))
     command.callback = _with_grid(command.callback, bool(old), _solver_option(command))
     return command
 
@@ -217,17 +206,17 @@ def _with_grid(callback: Callable[..., Any], keep_schedule: bool, theirs: Sequen
 
     @functools.wraps(callback)
     def call(*args: Any, **options: Any) -> Any:
-        given = options.pop("schedule", None) or ()
+        given, how = options.pop("schedule", None) or (), options.pop("resample", "clock")
         given = (given,) if isinstance(given, str) else given  # called from Python
         files = [value for value in given if isinstance(value, _File)]
-        options = _with_solver(options, theirs, bool(files))
+        options = _with_solver(options, theirs, files)
         if not files:
             extra = {"schedule": given[-1] if given else None} if keep_schedule else {}
             return callback(*args, **options, **extra)
         context = click.get_current_context()
         _check_options(context, len(given))
         try:
-            grid = _in_steps(context, files[0], options["num_steps"])
+            grid = _in_steps(context, files[0], options["num_steps"], how)
             return callback(*args, **{**options, "num_steps": grid.num_steps, "grid": grid})
         except GridError as error:
             raise _Unusable(f"--schedule={files[0].path}: {error}") from None
@@ -235,19 +224,44 @@ def _with_grid(callback: Callable[..., Any], keep_schedule: bool, theirs: Sequen
     return call
 
 
-def _with_solver(options: Dict[str, Any], theirs: Sequence[str], on_grid: bool) -> Dict[str, Any]:
+def _with_solver(options: Dict[str, Any], theirs: Sequence[str], files: Sequence[_File]) -> Dict[str, Any]:
     """The options with a `solver` that upstream lacks as `grid_solver`; usage errors for what does not go with it."""
     solver = options.get("solver")
+    if solver is None and files:
+        solver = _recorded_solver(files[0])
+        if theirs and solver in theirs and solver != "heun":  # without a name, EDM's sampler is Heun's
+            options = {**options, "solver": solver}
     if not theirs:  # upstream's sampler is Heun's and has no name
         options = {name: value for name, value in options.items() if name != "solver"}
     if solver is None or solver in (theirs or ["heun"]):
         return options
-    if not on_grid:
+    if not files:
         raise click.UsageError(f"found --solver={solver} without a grid; add --schedule=FILE.npy")
     for name, default in _STOCHASTIC.items():
         if options.get(name, default) != default:
             raise click.UsageError(f"found --{name} with --solver={solver}, which adds no noise; leave out one of them")
     return {**options, **({"solver": None} if theirs else {}), "grid_solver": solver}
+
+
+def _recorded_solver(file: _File) -> Optional[str]:
+    """The solver of the grid's sidecar, said in one line."""
+    from art_edm.sampling.solvers import SOLVERS
+
+    solver = file.solver()
+    if solver is None:
+        return None
+    name = sidecar_path(file.path).name
+    if solver not in SOLVERS:
+        raise click.UsageError(f"found the solver {solver!r} in {name}, expected one of {', '.join(SOLVERS)}; "
+                               "say which with --solver")
+    _say(f"Solver {solver}, as {name} says; --solver=NAME takes another.")
+    return solver
+
+
+def _say(text: str) -> None:
+    """Once, not by every process."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text)
 
 
 def _given(context: click.Context, name: str) -> bool:
@@ -264,11 +278,13 @@ def _check_options(context: click.Context, times: int) -> None:
                                    f"leave out {written} or --schedule")
 
 
-def _in_steps(context: click.Context, file: _File, num_steps: int) -> Grid:
-    """The grid in the number of steps that was asked for, its own by default; said once, not by every process."""
+def _in_steps(context: click.Context, file: _File, num_steps: int, how: str) -> Grid:
+    """The grid in the number of steps that was asked for, its own by default."""
     if not _given(context, "num_steps") or num_steps == file.grid.num_steps:
+        if _given(context, "resample"):
+            _say(f"note: --resample={how} changes nothing; {file.path} has {file.grid.num_steps} steps")
         return file.grid
-    grid = resample(file.grid, num_steps)
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(f"Resampled {file.path} from {file.grid.num_steps} to {num_steps} steps.")
+    grid = RESAMPLING[how](file.grid, num_steps)
+    rule = "" if how == "clock" else f" by the {how}'s rule"
+    _say(f"Resampled {file.path} from {file.grid.num_steps} to {num_steps} steps{rule}.")
     return grid

@@ -13,13 +13,13 @@ from click.core import ParameterSource
 
 from art_edm.grids import grid as grids
 from art_edm.grids.grid import (
+    RESAMPLING,
     RULES,
     Grid,
     GridError,
     check_grid_destination,
     load_grid,
     load_provenance,
-    resample,
     save_grid,
 )
 from art_edm.grids.lists import ENDS, check_list_destination, finish, list_file, list_text, read_list, write_list
@@ -126,19 +126,23 @@ def provenance_of(path: Path) -> Tuple[Dict[str, Any], str]:
 @main.command("resample")
 @click.argument("source", type=FILE, metavar="IN.npy")
 @click.option("--steps", type=int, required=True, metavar="K", help="Number of steps of the new grid.")
+@click.option("--resample", "how", type=click.Choice(list(RESAMPLING)), default="clock", show_default=True,
+              help="clock: sigma(t) is read off at t = k/K. paper: log sigma linear in the step, from the first to the "
+              "last positive value.")
 @click.option("--out", type=FILE, metavar="FILE.npy",
               help="Where to write it; by default the input's name with the number of steps replaced or added.")
-def resample_command(source: Path, steps: int, out: Optional[Path]) -> None:
+def resample_command(source: Path, steps: int, how: str, out: Optional[Path]) -> None:
     """The same schedule in another number of steps.
 
-    log sigma is interpolated linearly in the step; the first and the last positive value are kept.
+    A grid is a clock: sigma(t) at t = k/K, joined by a monotone cubic of log(sigma + 0.05). Half the steps are every
+    second level.
 
     \b
     Example:
       python tools/make_grid.py resample art-18.npy --steps=9
     """
     old = load_grid(source)
-    grid = resample(old, steps)
+    grid = RESAMPLING[how](old, steps)
     if out is None:
         out = resampled_name(source, old.num_steps, steps)
         if out == source:
@@ -148,7 +152,8 @@ def resample_command(source: Path, steps: int, out: Optional[Path]) -> None:
     if note:
         click.echo(f"note: {note}", err=True)
     save(out, grid, {
-        "rule": "resample", "num_steps": steps, "source": source.name, "source_num_steps": old.num_steps,
+        "rule": "resample", "resample": how, "num_steps": steps, "source": source.name,
+        "source_num_steps": old.num_steps,
         "source_sha256": sha256_of(source), "source_provenance": origin,
     })
 

@@ -19,18 +19,22 @@ import io
 import json
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO, Callable, Dict, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Sequence, Tuple
 
 import numpy as np
 
 from art_edm.runtime.files import PathLike, atomic_write, check_destination, sha256_of, write_json
 
 __all__ = [
-    "MAX_STEPS", "RULES", "Grid", "GridError", "check_grid_destination", "dpm", "dpm_unpinned", "edm", "edm_unpinned",
-    "load_grid", "load_provenance", "resample", "save_grid", "sidecar_path", "uniform",
+    "CLOCK_OFFSET", "MAX_STEPS", "RESAMPLING", "RULES", "SIGMA_SLACK", "Grid", "GridError", "check_distinct",
+    "check_grid_destination", "check_range", "dpm",
+    "dpm_unpinned", "edm", "edm_unpinned", "load_grid", "load_provenance", "read_off", "resample", "save_grid",
+    "sidecar_path", "uniform",
 ]
 
 MAX_STEPS = 1_000_000  # a larger number is a typing error, and would exhaust the memory first
+
+CLOCK_OFFSET = 0.05  # in units of x: log(sigma + 0.05) is nearly straight down to sigma = 0
 
 _REMEDY = "make a grid with tools/make_grid.py"
 
@@ -201,16 +205,77 @@ def resample(grid: Grid, num_steps: int) -> Grid:
     `grid` has one step (there is nothing to interpolate) or `num_steps` is not valid.
     """
     num_steps, old = _steps(num_steps), grid.values[:-1]  # [N]
-    if num_steps == 1:
-        return Grid([grid.sigma_max, 0.0])
-    if len(old) == 1:
-        raise GridError(f"found a grid of 1 step, expected at least 2 to resample it to {num_steps}; {_REMEDY}")
+    if num_steps in (1, grid.num_steps):
+        return grid if grid.num_steps == num_steps else Grid([grid.sigma_max, 0.0])
+    _check_clock(grid, num_steps)
     position = np.arange(num_steps) * (len(old) - 1) / (num_steps - 1)  # [N'], in steps of the old grid
     j = np.minimum(position.astype(int), len(old) - 2)
     weight = position - j
     new = old[j] ** (1 - weight) * old[j + 1] ** weight
     new[0], new[-1] = old[0], old[-1]  # to the bit, whatever the processor makes of x ** 1
     return Grid(np.append(new, 0.0))
+
+
+def _check_clock(grid: Grid, num_steps: int) -> None:
+    if grid.num_steps == 1:
+        raise GridError(f"found a grid of 1 step, expected at least 2 to resample it to {num_steps}; {_REMEDY}")
+
+
+def read_off(grid: Grid, num_steps: int) -> Grid:
+    """The same clock in another number of steps: sigma(t) read off at t = k/K', K' = `num_steps`.
+
+    sigma(t) is the monotone cubic (PCHIP) through log(sigma_k + 0.05) over t = k/K. Levels that both grids have are
+    kept to the bit: every second one for K' = K/2, all for K' = K. Below the last positive level sigma(t) goes on to
+    0, so that a finer grid may need levels below a network's lowest, which refuses them.
+
+    Raises a GridError if `grid` has one step, `num_steps` is not valid, or two levels fall together.
+    """
+    num_steps, old = _steps(num_steps), grid.num_steps
+    if num_steps in (1, old):
+        return grid if num_steps == old else Grid([grid.sigma_max, 0.0])
+    _check_clock(grid, num_steps)
+    from scipy.interpolate import PchipInterpolator  # most users of a grid do not need it
+
+    place, rest = np.divmod(np.arange(num_steps + 1) * old, num_steps)  # t K = place + rest / K'
+    clock = PchipInterpolator(np.arange(old + 1), np.log(grid.values + CLOCK_OFFSET))
+    between = np.exp(clock(place + rest / num_steps)) - CLOCK_OFFSET
+    return Grid(np.where(rest == 0, grid.values[place], between))
+
+
+# How far, relatively, a grid may leave a network's range: EDM's own rule returns its end points only up to rounding.
+SIGMA_SLACK = 1e-6
+
+
+def check_range(grid: Grid, low: float, high: float) -> None:
+    """Raise a GridError for levels outside a network's range, which upstream's samplers would clip and not say so."""
+    if grid.sigma_max > high * (1 + SIGMA_SLACK):
+        raise GridError(
+            f"the grid starts at sigma = {grid.sigma_max:.9g}, above the network's sigma_max = {high:.9g}; "
+            f"make a grid with --sigma-max={high:.9g}"
+        )
+    last = grid.num_steps - 1
+    if grid.values[last] < low * (1 - SIGMA_SLACK):
+        raise GridError(
+            f"step {last} is at sigma = {grid.values[last]:.9g}, below the network's sigma_min = {low:.9g}; "
+            f"make a grid with --sigma-min={low:.9g}, or use fewer steps"
+        )
+
+
+def check_distinct(grid: Grid, levels: Sequence[float]) -> None:
+    """Raise a GridError for neighbours of the rounded `levels` [K + 1] that rounding made equal, or ascending."""
+    if levels[0] == float("inf"):
+        raise GridError(f"sigma = {grid.sigma_max:.9g} is too large for the sampler's precision; use smaller values")
+    before = grid.values
+    for i, (here, after) in enumerate(zip(levels[:-1], levels[1:])):
+        if not here > after:
+            raise GridError(
+                f"steps {i} and {i + 1} (sigma = {before[i]:.9g} and {before[i + 1]:.9g}) are the same noise level, "
+                f"{here:.9g}, after rounding to those the network supports; use fewer steps"
+            )
+
+
+# How a grid comes to another number of steps, by name: by the learned clock, or by the paper's rule.
+RESAMPLING: Dict[str, Callable[[Grid, int], Grid]] = {"clock": read_off, "paper": resample}
 
 
 def sidecar_path(path: PathLike) -> Path:

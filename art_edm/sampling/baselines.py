@@ -1,7 +1,7 @@
 """Grids as a user names them for a comparison, each for several numbers of steps.
 
     edm, dpm, uniform, ...   a rule between the network's own noise levels
-    F.npy                    a grid of K steps; for another number of steps it is resampled (section 6.5.1)
+    F.npy                    a grid of K steps; for another number of steps its clock is read off
     F{steps}.npy             one file for each number of steps
     NAME=F.npy               the same under a name of its own
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence
 
-from art_edm.grids.grid import RULES, Grid, GridError, load_grid, resample
+from art_edm.grids.grid import RULES, Grid, GridError, load_grid, read_off
 from art_edm.models.denoiser import Denoiser
 from art_edm.sampling.solvers import supported
 
@@ -76,7 +76,7 @@ def _from_file(name: str, path: str, num_steps: int) -> Choice:
     if "{steps}" in path:
         found = f"{path.replace('{steps}', str(num_steps))}: found {grid.num_steps} steps"
         raise GridError(f"{found}, expected {num_steps} by its name; rename it")
-    return Choice(name, resample(grid, num_steps), f"resampled from {grid.num_steps}")
+    return Choice(name, read_off(grid, num_steps), f"resampled from {grid.num_steps}")
 
 
 def hand_made(denoiser: Denoiser, num_steps: int) -> Dict[str, Grid]:

@@ -35,8 +35,10 @@ from typing import Any, Callable, Tuple
 import numpy as np
 import torch
 
+from art_edm.grids.grid import CLOCK_OFFSET
+
 __all__ = [
-    "CLOCK_OFFSET", "Past", "Row", "Rule", "Slope", "Step", "clock_denoised", "clock_slopes", "denoised_step",
+    "Past", "Row", "Rule", "Slope", "Step", "clock_denoised", "clock_slopes", "denoised_step",
     "dpmpp2m_row", "even_row", "limited", "on_path", "slopes_step", "through_times", "unipc", "unipc_step", "vp_time",
 ]
 
@@ -47,8 +49,6 @@ Past = Tuple[Tuple[torch.Tensor, ...], ...]
 Step = Callable[[Slope, torch.Tensor, torch.Tensor, torch.Tensor, Past, Any], Tuple[torch.Tensor, Past]]
 Row = Callable[[int, int], Any]  # row(k, m) -> weights [m] of step k
 Rule = Callable[[torch.Tensor], Row]  # of levels [K + 1], float64 on the CPU
-
-CLOCK_OFFSET = 0.05  # in units of x: log(sigma + 0.05) is nearly straight down to sigma = 0
 
 EVEN = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 

@@ -22,7 +22,7 @@ from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, 
 import numpy as np
 import torch
 
-from art_edm.grids.grid import Grid
+from art_edm.grids.grid import SIGMA_SLACK, Grid, check_distinct, check_range
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.evaluate import FiniteCheck
 from art_edm.sampling import multistep
@@ -30,13 +30,11 @@ from art_edm.sampling.multistep import Past, Rule, Slope, Step, denoised_step, l
 
 __all__ = [
     "OnStep", "Past", "SOLVERS", "Slope", "Solver", "Step", "check_steps", "euler_step", "fitted", "heun_step",
-    "integrate", "nfe", "noise_levels", "order_of", "rk4_step", "sample", "slope_of", "supported",
+    "integrate", "multistep_solver", "nfe", "noise_levels", "order_of", "rk4_step", "sample", "slope_of", "supported",
 ]
 
 OnStep = Callable[[int, float, torch.Tensor], None]
 
-# How far above the model's sigma_max a grid may start: EDM's rule returns 80 only up to rounding.
-SIGMA_MAX_SLACK = 1e-6
 PROBES = 1 << 14  # levels at which a model's rounding is tried; ones that are closer than 0.1 % may be missed
 
 
@@ -83,7 +81,7 @@ class Solver(NamedTuple):
     reach: int = 0  # steps further back than its neighbours whose weights a level's move changes
 
 
-def _multistep(step: Step, rule: Rule, values: int, last: int, source: str, **more: int) -> Solver:
+def multistep_solver(step: Step, rule: Rule, values: int, last: int, source: str, **more: int) -> Solver:
     """A solver through the last `values` values, and through `last` in the step to 0."""
     return Solver(step, **{"order": values, **more}, source=source, past=values - 1, last_order=last,
                   rule=limited(rule, values, last))
@@ -93,21 +91,21 @@ SOLVERS: Dict[str, Solver] = {
     "euler": Solver(euler_step, 1, "Euler; DDIM (2010.02502)"),
     "heun": Solver(heun_step, 2, "Heun, algorithm 1 of EDM (2206.00364)", stages=2),
     "rk4": Solver(rk4_step, 4, "the classical Runge-Kutta method", stages=4),
-    "dpmpp2m": _multistep(denoised_step, multistep.dpmpp2m_row, 2, 1, "DPM-Solver++(2M) (2211.01095)"),
-    "ipndm2": _multistep(slopes_step, multistep.even_row, 2, 2, "iPNDM (2204.13902) of order 2", order=2),
-    "ipndm3": _multistep(slopes_step, multistep.even_row, 3, 2, "iPNDM (2204.13902) of order 3", order=2),
-    "ipndm": _multistep(slopes_step, multistep.even_row, 4, 2, "iPNDM (2204.13902) of order 4", order=2),
-    "ab4-sigma": _multistep(slopes_step, multistep.through_times(lambda sigma: sigma), 4, 1,
+    "dpmpp2m": multistep_solver(denoised_step, multistep.dpmpp2m_row, 2, 1, "DPM-Solver++(2M) (2211.01095)"),
+    "ipndm2": multistep_solver(slopes_step, multistep.even_row, 2, 2, "iPNDM (2204.13902) of order 2", order=2),
+    "ipndm3": multistep_solver(slopes_step, multistep.even_row, 3, 2, "iPNDM (2204.13902) of order 3", order=2),
+    "ipndm": multistep_solver(slopes_step, multistep.even_row, 4, 2, "iPNDM (2204.13902) of order 4", order=2),
+    "ab4-sigma": multistep_solver(slopes_step, multistep.through_times(lambda sigma: sigma), 4, 1,
                             "Adams-Bashforth of order 4 with the weights of the uneven levels"),
-    "deis": _multistep(slopes_step, multistep.through_times(multistep.vp_time), 4, 1, "DEIS-tAB3 (2204.13902)"),
+    "deis": multistep_solver(slopes_step, multistep.through_times(multistep.vp_time), 4, 1, "DEIS-tAB3 (2204.13902)"),
     "unipc": Solver(multistep.unipc_step, 3, "UniPC-3, B2(h) (2302.04867)", past=3, rule=multistep.unipc(3)),
-    "clock": _multistep(slopes_step, multistep.clock_slopes, 4, 2, "slopes extrapolated in the learned clock", reach=1),
-    "clock-denoised": _multistep(denoised_step, multistep.clock_denoised, 3, 2,
+    "clock": multistep_solver(slopes_step, multistep.clock_slopes, 4, 2, "slopes extrapolated in the learned clock", reach=1),
+    "clock-denoised": multistep_solver(denoised_step, multistep.clock_denoised, 3, 2,
                                  "denoised images extrapolated in the learned clock", reach=1),
 }
 
 
-def nfe(solver: str, num_steps: int) -> int:
+def nfe(solver: Union[str, Solver], num_steps: int) -> int:
     """Evaluations of the denoiser per image on a grid of `num_steps` steps: the last step evaluates once."""
     stages = _entry(solver).stages
     if num_steps < 1:
@@ -130,7 +128,7 @@ def _entry(solver: Union[str, Solver]) -> Solver:
 
 @torch.no_grad()
 def sample(
-    denoiser: Denoiser, latents: torch.Tensor, grid: Grid, solver: str = "heun",
+    denoiser: Denoiser, latents: torch.Tensor, grid: Grid, solver: Union[str, Solver] = "heun",
     class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, batch: Optional[int] = None,
 ) -> torch.Tensor:
     """Carry unit noise from the grid's first noise level to 0.
@@ -139,7 +137,7 @@ def sample(
         denoiser: the model; its `initial` turns the noise into the state at the first level.
         latents: unit normal noise [B, C, H, W].
         grid: noise levels; rounded to those the model supports by `denoiser.round_sigma`.
-        solver: a name in `SOLVERS`.
+        solver: a name in `SOLVERS`, or an entry of one's own.
         class_labels: one-hot [B, label_dim], or None.
         on_step: called as on_step(k, sigma_k, x) after step k = 1..K, for every batch.
         batch: images per evaluation; all at once by default.
@@ -219,25 +217,9 @@ def supported(denoiser: Denoiser, grid: Grid) -> Grid:
 
     Raises a ValueError if the grid leaves the model's range, or loses a step by rounding.
     """
-    before, (low, high) = grid.values, denoiser.sigma_limits
-    if grid.sigma_max > high * (1 + SIGMA_MAX_SLACK):
-        raise ValueError(
-            f"the grid starts at sigma = {grid.sigma_max:.9g}, above the model's sigma_max = {high:.9g}; "
-            f"make a grid with --sigma-max={high:.9g}"
-        )
-    if before[-2] < low * (1 - SIGMA_MAX_SLACK):
-        raise ValueError(
-            f"the grid's last level before 0 is sigma = {before[-2]:.9g}, below the model's sigma_min = {low:.9g}; "
-            f"make a grid with --sigma-min={low:.9g}"
-        )
-    levels = np.append(denoiser.round_sigma(torch.tensor(before[:-1])).cpu().numpy(), 0.0)
-    lost = np.flatnonzero(levels[1:] >= levels[:-1])
-    if len(lost):
-        i = int(lost[0])
-        raise ValueError(
-            f"steps {i} and {i + 1} (sigma = {before[i]:.6g} and {before[i + 1]:.6g}) are the same noise level, "
-            f"{levels[i]:.6g}, after rounding to those the model supports; use fewer steps"
-        )
+    check_range(grid, *denoiser.sigma_limits)
+    levels = np.append(denoiser.round_sigma(torch.tensor(grid.values[:-1])).cpu().numpy(), 0.0)
+    check_distinct(grid, levels.tolist())
     return Grid(levels)
 
 
@@ -268,7 +250,7 @@ def noise_levels(denoiser: Denoiser) -> Optional[np.ndarray]:
     low, high = max(denoiser.sigma_limits[0], 1e-4 * denoiser.sigma_min), denoiser.sigma_max
     probes = torch.tensor(np.geomspace(low, high, PROBES))
     rounded = torch.cat([denoiser.round_sigma(part).cpu() for part in probes.split(1024)]).numpy()
-    levels = np.unique(rounded[(rounded >= low) & (rounded <= high * (1 + SIGMA_MAX_SLACK))])[::-1]
+    levels = np.unique(rounded[(rounded >= low) & (rounded <= high * (1 + SIGMA_SLACK))])[::-1]
     return levels if len(levels) < PROBES // 2 else None
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from art_edm.compare import tables
-from art_edm.grids.grid import dpm, edm, edm_unpinned, resample, save_grid
+from art_edm.grids.grid import dpm, edm, edm_unpinned, read_off, save_grid
 from art_edm.models.analytic import GaussianDenoiser, one_dimensional
 from art_edm.sampling.baselines import choose_grids
 
@@ -91,7 +91,7 @@ def test_files_are_used_resampled_or_chosen_by_steps(tmp_path, monkeypatch):
     five, three = edm(5, 0.01, 80), edm(3, 0.1, 80)
     save_grid("art5.npy", five, {})
     save_grid("art3.npy", three, {})
-    assert choices(["art5.npy"], [5, 9]) == [("art5", "file", five), ("art5", "resampled from 5", resample(five, 9))]
+    assert choices(["art5.npy"], [5, 9]) == [("art5", "file", five), ("art5", "resampled from 5", read_off(five, 9))]
     assert choices(["art{steps}.npy"], [5, 3]) == [("art", "file", five), ("art", "file", three)]
     assert choices(["x=art5.npy", "art5.npy"], [5]) == [("x", "file", five), ("art5", "file", five)]
     save_grid("art9.npy", five, {})

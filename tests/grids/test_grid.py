@@ -20,13 +20,16 @@ from art_edm.grids.grid import (
     RULES,
     Grid,
     GridError,
+    check_distinct,
     check_grid_destination,
+    check_range,
     dpm,
     dpm_unpinned,
     edm,
     edm_unpinned,
     load_grid,
     load_provenance,
+    read_off,
     resample,
     save_grid,
     uniform,
@@ -233,6 +236,64 @@ def test_one_step_cannot_be_resampled_to_more():
     for num_steps in (0, -3, 2.5):
         with pytest.raises(GridError, match="num_steps"):
             resample(edm(4, 0.002, 80), num_steps)
+
+
+# --- reading off the clock ---------------------------------------------------------------------------
+
+
+def test_a_closed_form_clock_is_read_off():
+    """log(sigma + 0.05) linear in t: the interpolation is exact."""
+    levels = lambda k: (80.05 * (0.05 / 80.05) ** (np.arange(k + 1) / k) - 0.05)
+    grid = Grid(np.append(levels(6)[:-1], 0.0))
+    for k in (1, 2, 4, 5, 7, 12, 50):
+        np.testing.assert_allclose(read_off(grid, k).values[:-1], levels(k)[:-1], rtol=1e-10)
+        assert read_off(grid, k).num_steps == k and read_off(grid, k).sigma_max == grid.sigma_max
+    assert not np.allclose(resample(grid, 4).values[:-1], levels(4)[:-1], rtol=0.1)  # the paper's rule, another clock
+
+
+@given(RATIOS, st.integers(1, 6), st.integers(1, 60))
+def test_levels_in_common_are_kept_to_the_bit(ratios, times, num_steps):
+    grid = grid_of(ratios)
+    assert read_off(grid, grid.num_steps) == resample(grid, grid.num_steps) == grid
+    fine = read_off(grid, times * grid.num_steps)
+    assert np.array_equal(fine.values[::times], grid.values)
+    assert read_off(fine, grid.num_steps) == grid
+    both = read_off(grid, num_steps).values
+    for k in range(num_steps + 1):
+        if k * grid.num_steps % num_steps == 0:
+            assert both[k] == grid.values[k * grid.num_steps // num_steps]
+
+
+def test_half_the_steps_are_every_second_level():
+    grid = edm(18, 0.002, 80)
+    assert np.array_equal(read_off(grid, 9).values, grid.values[::2])
+    assert not np.array_equal(resample(grid, 9).values, grid.values[::2])
+
+
+def test_a_finer_grid_goes_below_the_last_level_which_a_network_may_refuse():
+    grid = Grid([80.0, 3.0, 0.002, 0.0])
+    fine = read_off(grid, 12)
+    assert 0 < fine.values[-2] < fine.values[-4] < 0.002 == fine.values[8]
+    check_range(grid, 0.001, 80.0)
+    with pytest.raises(GridError, match="step 11 is at sigma = .*below the network's sigma_min = 0.001; .*fewer steps"):
+        check_range(fine, 0.001, 80.0)
+
+
+def test_discrete_levels_that_fall_together_are_named():
+    fine = read_off(edm(5, 1.0, 80), 20)
+    check_distinct(fine, fine.values)
+    with pytest.raises(GridError, match="are the same noise level, 2, after rounding"):
+        check_distinct(fine, np.round(fine.values))
+
+
+def test_what_cannot_be_read_off():
+    with pytest.raises(GridError, match="found a grid of 1 step"):
+        read_off(Grid([80.0, 0.0]), 5)
+    assert read_off(Grid([80.0, 0.0]), 1) == Grid([80.0, 0.0])
+    assert read_off(edm(4, 0.002, 80), 1).values.tolist() == [edm(4, 0.002, 80).sigma_max, 0.0]
+    for num_steps in (0, -3, 2.5):
+        with pytest.raises(GridError, match="num_steps"):
+            read_off(edm(4, 0.002, 80), num_steps)
 
 
 # --- files -------------------------------------------------------------------------------------------

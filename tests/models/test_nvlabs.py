@@ -267,7 +267,7 @@ def test_a_learned_grid_ends_at_the_lowest_level_of_the_network():
     assert fitted(denoiser, Grid([80.0, 1.0, 0.01, 0.0])) == Grid([80.0, 1.0, 0.02, 0.0])
     assert fitted(denoiser, Grid([80.0, 1.0, 0.03, 0.0])) == Grid([80.0, 1.0, 0.03, 0.0])
     for values in ([80.0, 0.015, 0.01, 0.0], [80.0, 0.02, 0.01, 0.0], [101.0, 1.0, 0.0]):
-        with pytest.raises(ValueError, match="below the model's sigma_min|above the model's sigma_max"):
+        with pytest.raises(ValueError, match="below the network's sigma_min|above the network's sigma_max"):
             fitted(denoiser, Grid(values))
 
 

@@ -267,8 +267,8 @@ def test_vp_and_ve_ranges(nets):
     assert vp.sigma_limits[0] == pytest.approx(math.expm1(0.5 * 19.9e-10 + 0.1e-5) ** 0.5, rel=5e-2)  # in float32
     assert vp.sigma_limits[1] == pytest.approx(152.17, abs=0.1) and vp.sigma_max == 80
     assert ve.sigma_limits == (0.02, 100) and ve.sigma_min == 0.02
-    with pytest.raises(ValueError, match=r"starts at sigma = 101, above the model's sigma_max = 100"):
+    with pytest.raises(ValueError, match=r"starts at sigma = 101, above the network's sigma_max = 100"):
         supported(ve, Grid([101.0, 1.0, 0.0]))
-    with pytest.raises(ValueError, match=r"last level before 0 is sigma = 0.01, below the model's sigma_min = 0.02"):
+    with pytest.raises(ValueError, match=r"is at sigma = 0.01, below the network's sigma_min = 0.02"):
         supported(ve, Grid([80.0, 0.01, 0.0]))
     assert supported(ve, Grid([100.0, 0.02, 0.0])) == Grid([100.0, 0.02, 0.0])

@@ -160,7 +160,7 @@ def test_what_cannot_be_refined_is_refused():
     assert model.evaluations == 0
     with pytest.raises(ValueError, match="expected one of euler"):
         refine(base, start(), "dopri", SHORT)
-    with pytest.raises(ValueError, match="above the model's sigma_max"):
+    with pytest.raises(ValueError, match="above the network's sigma_max"):
         refine(base, edm_unpinned(5, 80.0), "heun", SHORT)
     with pytest.raises(ValueError, match="found noises = 0"):
         refine(base, start(), "heun", replace(SHORT, noises=0))

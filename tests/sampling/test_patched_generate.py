@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from art_edm.grids.grid import Grid, edm, load_grid, resample, save_grid
+from art_edm.grids.grid import Grid, edm, load_grid, read_off, save_grid
 from tests.support.patched import COMMITS, images, make_networks, of, script_pairs
 from tests.support.shim import run_jobs
 from tests.support.upstream import upstream
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     make_networks("edm", folder)
     save_grid(folder / "of9.npy", edm(9, 0.002, 80, rho=5), {})
-    save_grid(folder / "of6.npy", resample(edm(9, 0.002, 80, rho=5), 6), {})
+    save_grid(folder / "of6.npy", read_off(edm(9, 0.002, 80, rho=5), 6), {})
     save_grid(folder / "one.npy", Grid([80.0, 0.0]), {})
     save_grid(folder / "fine.npy", Grid([80.0, 1.0, 0.99999, 0.03, 0.0]), {})
     return folder

@@ -203,7 +203,7 @@ def test_steps_lost_by_rounding_are_named(values, message):
 def test_a_grid_above_the_model_is_refused():
     model = Gaussian()
     sample(model, torch.ones(1, 1, 1, 1), uniform(3, 80 * (1 + 1e-9)))  # rounding of a rule
-    with pytest.raises(ValueError, match="starts at sigma = 81, above the model's sigma_max = 80; .*--sigma-max=80"):
+    with pytest.raises(ValueError, match="starts at sigma = 81, above the network's sigma_max = 80; .*--sigma-max=80"):
         sample(model, torch.ones(1, 1, 1, 1), uniform(3, 81))
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from art_edm.grids.grid import Grid, GridError, edm, resample, save_grid
-from art_edm.sampling.solvers import SIGMA_MAX_SLACK
-from art_edm.upstream import SIGMA_SLACK, grid_levels, schedule_option
+from art_edm.grids.grid import SIGMA_SLACK, Grid, GridError, edm, read_off, resample, save_grid
+from art_edm.upstream import grid_levels, schedule_option
 
 
 def program(names=(), seen=None):
@@ -102,8 +101,13 @@ def test_a_grid_brings_its_number_of_steps(run, names):
 def test_steps_that_are_given_resample(run, names, monkeypatch):
     for more in (dict(args=["--steps=18"]), dict(args=[], default_map={"num_steps": 18})):  # 18 is the default too
         result, seen = run(names, "--schedule=a9.npy", *more.pop("args"), **more)
-        assert seen["grid"] == resample(edm(9, 0.002, 80), 18) != edm(18, 0.002, 80) and seen["num_steps"] == 18
+        assert seen["grid"] == read_off(edm(9, 0.002, 80), 18) != edm(18, 0.002, 80) and seen["num_steps"] == 18
         assert result.output == "Resampled a9.npy from 9 to 18 steps.\n"
+    result, seen = run(names, "--schedule=a9.npy", "--steps=18", "--resample=paper")
+    assert seen["grid"] == resample(edm(9, 0.002, 80), 18) and "18 steps by the paper's rule" in result.output
+    assert "resample" not in seen
+    result, seen = run(names, "--schedule=a9.npy", "--resample=paper")
+    assert seen["grid"] == edm(9, 0.002, 80) and "--resample=paper changes nothing" in result.output
     monkeypatch.setenv("RANK", "1")
     assert run(names, "--schedule=a9.npy", "--steps=18")[0].output == ""
     result = run(names, "--schedule=one.npy", "--steps=4")[0]
@@ -200,7 +204,7 @@ def test_levels_that_do_not_suit_the_network(values, network, part):
 def test_the_ends_of_the_range_have_some_slack():
     like, network = torch.zeros([], dtype=torch.float64), Network(sigma_min=0.02, sigma_max=80)
     inside = [80 * (1 + 9e-7), 1.0, 0.02 * (1 - 9e-7), 0.0]
-    assert grid_levels(inside, network, like).tolist() == inside and SIGMA_SLACK == SIGMA_MAX_SLACK == 1e-6
+    assert grid_levels(inside, network, like).tolist() == inside and SIGMA_SLACK == 1e-6
     for outside in ([80 * (1 + 2e-6), 1.0, 0.0], [80.0, 0.02 * (1 - 2e-6), 0.0]):
         with pytest.raises(GridError):
             grid_levels(outside, network, like)

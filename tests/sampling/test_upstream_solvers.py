@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,38 @@ def test_without_a_grid_or_with_noise_it_is_a_usage_error(run, names, solver):
         result, seen = run(names, f"--solver={solver}", "--schedule=a9.npy", option)
         assert result.exit_code == 2 and not seen
         assert f"found {option.split('=')[0]} with --solver={solver}, which adds no noise" in result.output
+
+
+@BOTH
+def test_the_sidecar_s_solver_is_used_and_said(run, names, monkeypatch):
+    save_grid("c5.npy", edm(5, 0.002, 80), {"solver": "clock"})
+    result, seen = run(names, "--schedule=c5.npy")
+    assert seen["grid_solver"] == "clock" and result.exit_code == 0
+    assert result.output == "Solver clock, as c5.json says; --solver=NAME takes another.\n"
+    result, seen = run(names, "--schedule=c5.npy", "--solver=dpmpp2m")  # overrides
+    assert seen["grid_solver"] == "dpmpp2m" and result.output == ""
+    result, seen = run(names, "--schedule=c5.npy", "--solver=heun")
+    assert "grid_solver" not in seen and result.output == ""
+    result, seen = run(names, "--schedule=c5.npy", "--S_churn=3")
+    assert result.exit_code == 2 and "found --S_churn with --solver=clock, which adds no noise" in result.output
+    for solver, kept in (("heun", None), ("euler", "euler")):
+        save_grid("h5.npy", edm(5, 0.002, 80), {"solver": solver})
+        result, seen = run(names, "--schedule=h5.npy")
+        assert seen.get("solver" if names else "grid_solver") == kept and f"Solver {solver}, as" in result.output
+    monkeypatch.setenv("RANK", "1")
+    assert run(names, "--schedule=c5.npy")[0].output == ""
+
+
+@BOTH
+def test_a_sidecar_that_names_no_solver_of_ours(run, names):
+    save_grid("n5.npy", edm(5, 0.002, 80), {"solver": None})
+    assert run(names, "--schedule=n5.npy")[0].output == "" and "grid_solver" not in run(names, "--schedule=n5.npy")[1]
+    save_grid("o5.npy", edm(5, 0.002, 80), {"solver": "dopri"})
+    result, seen = run(names, "--schedule=o5.npy")
+    assert result.exit_code == 2 and not seen and "found the solver 'dopri' in o5.json, expected" in result.output
+    Path("n5.json").write_text("{}")  # of another file
+    result, seen = run(names, "--schedule=n5.npy")
+    assert result.exit_code == 0 and "note: n5.json: found the provenance of another file" in result.output
 
 
 @BOTH

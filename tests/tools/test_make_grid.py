@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from art_edm.grids.grid import RULES, Grid, edm, load_grid, load_provenance, resample
+from art_edm.grids.grid import RULES, Grid, edm, load_grid, load_provenance, read_off, resample
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "make_grid.py"
@@ -139,7 +139,10 @@ def test_resample_chooses_a_name(run, name, default):
     run("edm", "--steps=18", f"--out={name}")
     result = run("resample", name, "--steps=9")
     assert result.exit_code == 0 and f"wrote {default}: 9 steps" in result.output
-    assert load_grid(default) == resample(edm(18, 0.002, 80), 9)
+    assert load_grid(default) == read_off(edm(18, 0.002, 80), 9)
+    run("resample", name, "--steps=9", "--resample=paper", "--out=paper.npy")
+    assert load_grid("paper.npy") == resample(edm(18, 0.002, 80), 9) != load_grid(default)
+    assert [load_provenance(file)["resample"] for file in (default, "paper.npy")] == ["clock", "paper"]
 
 
 def test_resample_records_its_source(run):
