@@ -96,12 +96,13 @@ SOLVERS: Dict[str, Solver] = {
     "ipndm3": multistep_solver(slopes_step, multistep.even_row, 3, 2, "iPNDM (2204.13902) of order 3", order=2),
     "ipndm": multistep_solver(slopes_step, multistep.even_row, 4, 2, "iPNDM (2204.13902) of order 4", order=2),
     "ab4-sigma": multistep_solver(slopes_step, multistep.through_times(lambda sigma: sigma), 4, 1,
-                            "Adams-Bashforth of order 4 with the weights of the uneven levels"),
+                                  "Adams-Bashforth of order 4 with the weights of the uneven levels"),
     "deis": multistep_solver(slopes_step, multistep.through_times(multistep.vp_time), 4, 1, "DEIS-tAB3 (2204.13902)"),
     "unipc": Solver(multistep.unipc_step, 3, "UniPC-3, B2(h) (2302.04867)", past=3, rule=multistep.unipc(3)),
-    "clock": multistep_solver(slopes_step, multistep.clock_slopes, 4, 2, "slopes extrapolated in the learned clock", reach=1),
+    "clock": multistep_solver(slopes_step, multistep.clock_slopes, 4, 2,
+                              "slopes extrapolated in the learned clock", reach=1),
     "clock-denoised": multistep_solver(denoised_step, multistep.clock_denoised, 3, 2,
-                                 "denoised images extrapolated in the learned clock", reach=1),
+                                       "denoised images extrapolated in the learned clock", reach=1),
 }
 
 

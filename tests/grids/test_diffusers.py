@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from art_edm.grids.diffusers import SCHEDULERS, use_grid
 from art_edm.grids.grid import Grid
 from art_edm.models.analytic import MixtureDenoiser
-from art_edm.sampling.solvers import integrate, sample, slope_of
+from art_edm.sampling.solvers import SOLVERS, integrate, sample, slope_of
 
 EDM_GRID = Grid([80.0, 31.7, 9.2, 4.1, 2.2, 1.3, 0.61, 0.22, 0.07, 0.011, 0.0])  # no rule's
 VP_GRID = Grid([14.1, 6.3, 3.8, 2.7, 1.4, 0.96, 0.65, 0.4, 0.15, 0.04, 0.0])
@@ -164,6 +165,51 @@ def test_what_does_not_fit_is_refused(diffusers):
         use_grid(diffusers.EDMEulerScheduler(), Grid([80.0, 1e-60, 0.0]))
 
 
+@pytest.mark.parametrize("make, options", [
+    ("EulerDiscreteScheduler", {}),  # predicts the noise, and so has a table, whatever timestep_type says
+    ("HeunDiscreteScheduler", {"from": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}),
+])
+def test_an_option_for_other_networks_leaves_the_range_check_on(diffusers, make, options):
+    options = {**VP, "timestep_type": "continuous", **options}
+    source = options.pop("from", make)
+    scheduler = getattr(diffusers, make).from_config(getattr(diffusers, source)(**options).config)
+    assert scheduler.config["timestep_type"] == "continuous"
+    with pytest.raises(ValueError, match="from 80 to 0.011, expected none outside the network's levels, 14.61"):
+        use_grid(scheduler, EDM_GRID)
+    use_grid(scheduler, VP_GRID)
+
+
+@pytest.mark.parametrize("make, algorithm", [
+    ("DPMSolverMultistepScheduler", "dpmsolver"), ("DPMSolverMultistepScheduler", "sde-dpmsolver"),
+    ("DPMSolverMultistepScheduler", "dpmsolver++"), ("EDMDPMSolverMultistepScheduler", "sde-dpmsolver++"),
+])
+def test_advice_is_accepted_by_diffusers(diffusers, make, algorithm):
+    kind, options = getattr(diffusers, make), {"algorithm_type": algorithm, "final_sigmas_type": "sigma_min"}
+    scheduler = kind(**options) if make.startswith("EDM") else kind(**VP, **options)
+    with pytest.raises(ValueError, match="final_sigmas_type = 'sigma_min', expected 'zero'") as caught:
+        use_grid(scheduler, VP_GRID)
+    advice = re.search(r"from_config\(\.\.\., (.*)\)", str(caught.value))[1]
+    use_grid(kind.from_config(scheduler.config, **eval(f"dict({advice})")), VP_GRID)
+    if not algorithm.endswith("++"):  # twin: without the algorithm diffusers refuses
+        with pytest.raises(ValueError, match="not supported"):
+            kind.from_config(scheduler.config, final_sigmas_type="zero")
+
+
+def test_levels_that_the_scheduler_clips_are_refused(diffusers):
+    clipped = diffusers.DPMSolverMultistepScheduler(**VP, lambda_min_clipped=-math.log(10))
+    with pytest.raises(ValueError, match="from 14.1 to 0.04, expected none outside the network's levels, 9.9"):
+        use_grid(clipped, VP_GRID)
+    use_grid(clipped, Grid(VP_GRID.values[1:]))
+
+
+def test_levels_of_one_timestep_are_refused(diffusers):
+    close = Grid([10.0 * (1 + 2e-7), 10.0, 1.0, 0.0])
+    for scheduler in (diffusers.DPMSolverMultistepScheduler(**VP), diffusers.EulerDiscreteScheduler(**VP)):
+        with pytest.raises(ValueError, match="steps 0 and 1 .* have one timestep in float32"):
+            use_grid(scheduler, close)
+            scheduler.set_timesteps(3)
+
+
 # --- k-diffusion ---------------------------------------------------------------------------------------
 
 
@@ -183,8 +229,9 @@ def test_k_diffusion(samplers, denoiser, name, solver):
     assert min(distance(x, sample(denoiser, LATENTS, EDM_GRID, solver=other)) for other in others) > 1e-3
 
 
-def test_k_diffusions_linear_multistep_is_ipndm_before_the_last_step(samplers, denoiser):
+def test_k_diffusions_linear_multistep_has_the_weights_of_the_uneven_levels(samplers, denoiser):
     sigmas = torch.tensor(EDM_GRID.values[:-1])
     x = samplers.sample_lms(denoiser, LATENTS * sigmas[0], sigmas, disable=True)
-    ours, lower = (integrate(slope_of(denoiser), LATENTS * sigmas[0], sigmas, name)[0] for name in ("ipndm", "ipndm3"))
+    lower = SOLVERS["ab4-sigma"]._replace(past=2)
+    ours, lower = (integrate(slope_of(denoiser), LATENTS * sigmas[0], sigmas, each)[0] for each in ("ab4-sigma", lower))
     assert distance(x, ours) < 1e-10 and distance(x, lower) > 1e-4
