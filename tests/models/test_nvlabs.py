@@ -266,9 +266,11 @@ def test_a_learned_grid_ends_at_the_lowest_level_of_the_network():
     denoiser = NetworkDenoiser(GaussianNet(sigma_min=0.02, sigma_max=100.0))
     assert fitted(denoiser, Grid([80.0, 1.0, 0.01, 0.0])) == Grid([80.0, 1.0, 0.02, 0.0])
     assert fitted(denoiser, Grid([80.0, 1.0, 0.03, 0.0])) == Grid([80.0, 1.0, 0.03, 0.0])
-    for values in ([80.0, 0.015, 0.01, 0.0], [80.0, 0.02, 0.01, 0.0], [101.0, 1.0, 0.0]):
-        with pytest.raises(ValueError, match="below the network's sigma_min|above the network's sigma_max"):
-            fitted(denoiser, Grid(values))
+    spaced = [80.0, (80.0 * 0.02) ** 0.5, 0.02, 0.0]  # two levels to place, evenly in log sigma
+    for values in ([80.0, 0.015, 0.01, 0.0], [80.0, 0.02, 0.01, 0.0]):
+        assert fitted(denoiser, Grid(values)).values.tolist() == pytest.approx(spaced, rel=1e-12)
+    with pytest.raises(ValueError, match="above the network's sigma_max"):
+        fitted(denoiser, Grid([101.0, 1.0, 0.0]))
 
 
 # --- a network that cannot run -----------------------------------------------------------------------
