@@ -10,8 +10,10 @@ gpu       needs a CUDA device, else skipped
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +39,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(UPSTREAM)
 
 
+def invoke(command, args, **more):
+    """What a command says and how it ends; click 8.1, the last for Python 3.9, must be asked to keep stderr apart."""
+    if "mix_stderr" not in inspect.signature(CliRunner).parameters:
+        return CliRunner().invoke(command, args, **more)
+    result = CliRunner(mix_stderr=False).invoke(command, args, **more)
+    return SimpleNamespace(output=result.stdout + result.stderr, stdout=result.stdout, stderr=result.stderr,
+                           exit_code=result.exit_code, exception=result.exception)
+
+
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
     """`tool("fid")` is tools/fid.py as a function of its arguments, in this process and an empty folder."""
@@ -44,7 +55,7 @@ def tool(tmp_path, monkeypatch):
 
     def load(name):
         command = importlib.import_module(name).main
-        return lambda *args, **more: CliRunner().invoke(command, [str(argument) for argument in args], **more)
+        return lambda *args, **more: invoke(command, [str(argument) for argument in args], **more)
 
     return load
 
