@@ -94,7 +94,6 @@ class LiveEnvironment(Environment):
     ) -> None:
         super().__init__(clock, unit)
         self.denoiser, self.euler, self.world = denoiser, euler, world
-        self.floor = float(clock.fraction(denoiser.sigma_min))
 
     def reset(self, batch: int, repeats: int, generator: torch.Generator) -> None:
         noises = batch // repeats
@@ -110,7 +109,7 @@ class LiveEnvironment(Environment):
 
     def _sigma(self) -> torch.Tensor:
         """Noise levels of this process's paths, never below the denoiser's lowest."""
-        levels = self.clock.sigma(self.s[self.mine].clip(0, self.floor))
+        levels = self.clock.sigma(self.s[self.mine].clip(0, 1))
         return self.denoiser.round_sigma(torch.from_numpy(np.maximum(levels, self.denoiser.sigma_min)).to(self.x))
 
     def _look(self) -> Surrogate:
@@ -132,7 +131,7 @@ class LiveEnvironment(Environment):
             norms[self.mine], failed = float("nan"), error
         norms = self.world.sum(norms.to(self.world.device)).cpu()
         if norms.isnan().any():
-            level = float(self.clock.sigma(self.s[int(norms.isnan().nonzero()[0])].clip(0, self.floor)))
+            level = float(self.clock.sigma(self.s[int(norms.isnan().nonzero()[0])].clip(0, 1)))
             found = f"another process's network returned NaN or infinity near sigma = {level:.6g}"
             raise failed or NonFiniteOutput(found)
         return norms.numpy() * np.square(self.clock.rate(self.s.clip(0, 1))) / self.unit

@@ -54,7 +54,9 @@ from art_edm.runtime.progress import GracefulStop, Progress
 from art_edm.runtime.store import Content
 from art_edm.sampling.noise import seeded_generator
 
-__all__ = ["CHECKPOINT", "CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "live", "train"]
+__all__ = [
+    "CHECKPOINT", "CheckpointMismatch", "PRESETS", "TrainConfig", "TrainResult", "live", "rollout_settings", "train",
+]
 
 SAVE_SECONDS = 5.0  # between checkpoints; a result never depends on it
 CHECKPOINT = {"kind": "checkpoint of ART-RL"}  # its entry in the store, whatever the settings
@@ -176,7 +178,7 @@ class _Run:
             current = next(r for r, end in enumerate(ends) if state.iteration < end)
             if current != state.round:
                 self._begin_round(current)
-            env, settings = self._environment(), _rollout_settings(config, self.profile)
+            env, settings = self._environment(), rollout_settings(config, self.profile)
             start, end = ([0] + ends)[current], ends[current]
             while state.iteration < end:
                 if self.on_iteration is not None:
@@ -283,7 +285,7 @@ def _unit(config: TrainConfig, profile: Profile) -> float:
     return profile.optimum / profile.horizon if config.recipe.normalise else 1.0
 
 
-def _rollout_settings(config: TrainConfig, profile: Profile) -> RolloutSettings:
+def rollout_settings(config: TrainConfig, profile: Profile) -> RolloutSettings:
     """The rollouts' settings; lambda = (rho c)^2 makes the policy's noise rho of its speed at the optimum."""
     recipe, p = config.recipe, config.objective.order
     chosen = recipe.exploration**2 * profile.optimum / profile.horizon

@@ -125,3 +125,10 @@ def test_distilling_the_optimum_gives_the_direct_grid():
     grid = distill(paths[:, None], clock).grid(8)
     np.testing.assert_allclose(grid.values, 5 ** (1 - np.arange(9) / 8) - 1, atol=2e-3)  # equal steps of log(1 + sigma)
     assert np.abs(grid.values - uniform(8, 4.0).values).max() > 0.3
+
+
+def test_ground_that_is_covered_twice_counts_once():
+    """A mean that goes back from 0.4 to 0.2 stands still until it passes 0.4 again: 0, 0.4, 0.4, 0.6, 1."""
+    mean = distill(np.array([0.0, 0.4, 0.2, 0.6, 1.0])[:, None], CLOCK).mean
+    np.testing.assert_allclose(mean, [0, 0.4, 0.4, 0.6, 1], atol=1e-5)
+    assert abs(0.8 / 1.2 - 0.6) > 0.05  # steps taken as they are, then normalised, would give 0.8 / 1.2 there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -14,7 +15,16 @@ import torch
 
 from art_edm.grids.clocks import EdmClock, make_clock
 from art_edm.learning import training
-from art_edm.learning.training import CHECKPOINT, PRESETS, CheckpointMismatch, TrainConfig, TrainResult, train
+from art_edm.learning.training import (
+    CHECKPOINT,
+    PRESETS,
+    CheckpointMismatch,
+    TrainConfig,
+    TrainResult,
+    rollout_settings,
+    train,
+)
+from art_edm.measure.profile import Profile
 from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser
 from art_edm.runtime.context import Context
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
@@ -306,3 +316,38 @@ def test_default_preset_is_the_default():
     assert TrainConfig() == PRESETS["default"]
     assert all(config.preset == name for name, config in PRESETS.items())
     assert isinstance(make_clock("edm", 80.0, 0.5), EdmClock)
+
+
+# --- what only a closed form tells ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.25])
+def test_the_temperature_is_rho_c_squared(rho):
+    """|Q| = 9 everywhere on [0, T]: c = 3, J* = 9 T; of order 2 the cost curves three times as much."""
+    profile = Profile(make_clock("linear", 4.0, 1.0), np.array([4.0, 1e-3]), np.full((2, 2), 9.0), 0, 0.0)
+    paper = SHORT.changed(exploration=rho, normalise=False)
+    assert rollout_settings(paper, profile).temperature == pytest.approx((rho * 3) ** 2)
+    ours = rollout_settings(SHORT.changed(exploration=rho), profile)  # in units of c^2
+    assert ours.temperature == pytest.approx(rho**2) != pytest.approx(rho**4)
+    second = replace(profile, order=2, _fine={})
+    unit = rollout_settings(SHORT.changed(exploration=rho, solver="heun"), second).temperature
+    assert unit == pytest.approx(rho**2 / 3)
+
+
+@pytest.mark.parametrize("solver, start", [(None, -2.0), ("heun", -3.0)])
+def test_the_multiplier_starts_at_its_value_at_the_optimum(solver, start):
+    """-(p + 1) c in units of c; with a rate of zero it stays there."""
+    config = SHORT.changed(solver=solver, multiplier_rate=0.0, iterations=1, points=12)
+    assert train(gaussian(), config).history[0]["gamma"] == pytest.approx(start, rel=1e-12)
+
+
+def test_a_policy_of_time_learns_on_the_mean_of_many_jumping_paths():
+    """Without exploration the first rollouts cost J of the base clock exactly, whoever of the many they follow."""
+    config = SHORT.changed(trajectories=24, points=30, tolerance=1e-12, iterations=1, temperature=1e-12,
+                           train_steps=128)
+    found = {kind: train(jumping(), config.changed(policy_inputs=kind)) for kind in ("time", "path")}
+    for kind, exact in (("time", True), ("path", False)):
+        profile = found[kind].profile
+        base = profile.cost(np.append(profile.clock.sigma(np.linspace(0, 1, 4097))[:-1], 0.0)) / profile.optimum
+        assert len(profile.norm) > 24
+        assert (abs(found[kind].history[0]["cost"] / base - 1) < 0.02) == exact

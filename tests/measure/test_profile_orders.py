@@ -72,6 +72,14 @@ def test_the_expected_excess_is_that_of_many_draws():
     assert not np.mean(found) == pytest.approx(4 * np.mean(true), rel=0.35)  # without the factor
 
 
+def test_the_expected_excess_of_two_halves_in_closed_form():
+    """sqrt q = 1 of one half and 1 + u of the other, u = sigma / T: (28/27 - 1 and 1.5 ln 2 - 1) / 2 / 4."""
+    norm = np.tile(np.stack([np.ones_like(LEVELS), (1 + LEVELS / TOP) ** 2]), (2, 1))
+    found = Profile(power_law(1, 1.0, np.ones(1)).clock, LEVELS, norm, 0, 0.0).sampling_excess
+    assert found == pytest.approx((1 / 27 + 1.5 * np.log(2) - 1) / 8, rel=0.02)
+    assert found != pytest.approx((1 / 27 + 1.5 * np.log(2) - 1) / 2, rel=0.02)
+
+
 def field(spread: float) -> GaussianDenoiser:
     """Few pixels of very unequal variance: trajectories differ; many equal ones: they do not."""
     variance = torch.logspace(-spread, spread, 4, dtype=torch.float64).reshape(1, 2, 2)

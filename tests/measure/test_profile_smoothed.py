@@ -223,6 +223,21 @@ def test_trajectories_that_differ_without_jumps_get_more_of_their_kind(monkeypat
     assert len(many.norm) == 8 + 16 * 40 // SHORT_POINTS and many.evaluations == 24 * 40
 
 
+def test_jumps_ask_for_many_even_where_the_first_third_seems_to_agree(empirical):
+    """With a tolerance that anything meets."""
+    found = measured(empirical, 0, 30, tolerance=1e9)
+    assert len(found.norm) == 8 + 16 * 30 // SHORT_POINTS
+    assert len(measured(GaussianDenoiser(0.0, 0.25, (1, 8, 8)), 0, 30, tolerance=1e9).norm) == 8
+
+
+def test_the_floor_as_it_is_keeps_an_unseen_time_from_being_rushed_through():
+    """All jump early; later no weight is below the floor, which is not zero."""
+    early = made(np.exp(-np.square((S - np.linspace(0.1, 0.3, 40)[:, None]) / 0.01) / 2))
+    found = smoothed([early])
+    least = found.mean(np.linspace(0.1, TOP / 2, 50))[0].min()
+    assert profile_module.FLOOR > 0 and least >= 0.9 * profile_module.FLOOR * found.optimum / TOP > 0
+
+
 def test_the_largest_share():
     norm = np.array([[1.0, 2.0, 0.0], [1.0, 2.0, 6.0], [2.0, 2.0, 3.0]])
     part = replace(made(norm), sigma=LEVELS[:3])

@@ -1,0 +1,244 @@
+"""The front door from Python: grids and records of a denoiser, its noise levels, names of files, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from art_edm.grids.clocks import GaussianClock
+from art_edm.grids.grid import load_grid
+from art_edm.models.analytic import GaussianDenoiser
+from art_edm.models.denoiser import Denoiser
+from art_edm.models.loading import Network
+from art_edm.schedule import ScheduleOptions, learn_schedule, parse_steps
+
+DIRECT = ScheduleOptions(method="direct", trajectories=4)
+
+
+def gaussian(**limits: float) -> GaussianDenoiser:
+    return GaussianDenoiser(0.0, 0.25, (1, 2, 2), **limits)
+
+
+def test_a_denoiser_gives_grids_and_their_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learned = learn_schedule(gaussian(), (3, 10), DIRECT)
+    assert list(learned) == [3, 10] and os.listdir() == []  # nothing is written, or left
+    for k, (grid, record, path) in learned.items():
+        exact = GaussianClock(80.0, 0.5).sigma(np.arange(1, k) / k)
+        np.testing.assert_allclose(grid.values[1:-1], exact, rtol=5e-3)
+        assert (record["num_steps"], record["device"], path) == (k, "cpu", None)
+        assert record["evaluations"] == 4 * 85 and record["J_over_J_star"] == pytest.approx(1, abs=1e-4)
+    assert np.abs(learned[10].grid.values[1:-1] / GaussianClock(80.0, 1.0).sigma(np.arange(1, 10) / 10) - 1).max() > 0.1
+    learned[3].save("mine.npy")
+    assert load_grid("mine.npy") == learned[3].grid
+    assert json.loads(Path("mine.json").read_text())["settings"]["points"] == 85
+
+
+class Constant(Denoiser):
+    """Data of one image: |Q| = 0."""
+
+    noise = 0.0
+
+    def denoise(self, x, sigma, class_labels):
+        return torch.full_like(x, 0.3) + self.noise * torch.sin(1e5 * x)
+
+
+@pytest.mark.parametrize("options", [DIRECT, ScheduleOptions(method="direct", trajectories=4, objective="solver")])
+def test_a_weight_of_zero_is_said_to_be_zero(options):
+    """Also where it is rounding noise of float32."""
+    model = Constant(1, 2)
+    with pytest.raises(ValueError, match="= 0 but for rounding.*expected a denoiser whose image changes"):
+        learn_schedule(model, (4,), options)
+    model.noise = 3e-7 if options is DIRECT else 0.0
+    with pytest.raises(ValueError, match="= 0 but for rounding"):
+        learn_schedule(model, (4,), options)
+    model.noise = 0.3
+    assert learn_schedule(model, (4,), options)[4].grid.num_steps == 4
+
+
+def test_the_range_of_noise_levels_is_asked_for_and_left_as_it_was():
+    model = gaussian()
+    learned = learn_schedule(model, (6,), ScheduleOptions(method="direct", sigma_max=20.0, sigma_min=0.01))[6]
+    exact = GaussianClock(20.0, 0.5).sigma(np.arange(1, 6) / 6)
+    np.testing.assert_allclose(learned.grid.values[1:-1], exact, rtol=5e-3)
+    assert (learned.record["sigma_max"], learned.record["sigma_min"]) == (20.0, 0.01)
+    assert (model.sigma_max, model.sigma_min) == (80.0, 0.002)
+    for wrong in ({"sigma_max": 81.0}, {"sigma_min": -1.0}, {"sigma_max": float("nan")}, {"sigma_min": 80.0}):
+        with pytest.raises(ValueError, match="--sigma-m"):
+            learn_schedule(model, (6,), ScheduleOptions(method="direct", **wrong))
+        assert (model.sigma_max, model.sigma_min) == (80.0, 0.002)
+
+
+class Discrete(GaussianDenoiser):
+    """A network that was trained at some levels only, few of them low."""
+
+    levels = torch.tensor(np.geomspace(0.05, 80.0, 60))
+
+    def round_sigma(self, sigma):
+        sigma = torch.as_tensor(sigma, dtype=torch.float64)
+        return self.levels[(sigma.reshape(-1, 1) - self.levels).abs().argmin(dim=1)].reshape(sigma.shape)
+
+    @property
+    def sigma_limits(self):
+        return float(self.levels[0]), float(self.levels[-1])
+
+
+@pytest.mark.parametrize("steps", [18, 40, 59, 60])
+def test_levels_that_collide_move_to_free_ones(steps):
+    model = Discrete(0.0, 0.25, (1, 2, 2), sigma_min=0.05)
+    values = learn_schedule(model, (steps,), DIRECT)[steps].grid.values
+    assert set(values[:-1]) <= set(model.levels.tolist()) and len(set(values)) == steps + 1 and values[0] == 80
+    if steps == 60:
+        np.testing.assert_array_equal(values[:-1], np.flip(model.levels.numpy()))
+    with pytest.raises(ValueError, match="found 61 steps, but the network has 60 noise levels .*use at most 60"):
+        learn_schedule(model, (5, 61), DIRECT)
+
+
+def iddpm_levels(count: int = 1000) -> np.ndarray:
+    """The levels above 0 of iDDPM's cosine schedule, ascending (equation of u_j in table 1 of 2206.00364)."""
+    alpha = lambda j: np.sin(0.5 * np.pi * j / count / 1.008) ** 2
+    u = [0.0]
+    for j in range(count, 0, -1):
+        u.append(np.sqrt((u[-1] ** 2 + 1) / max(alpha(j - 1) / alpha(j), 0.001) - 1))
+    return np.array(u[1:])
+
+
+@pytest.mark.parametrize("top, steps", [(80.0, 22), (80.0, 64), (80.0, 79), (80.0, 128), (None, 128)])
+def test_levels_of_iddpm_in_many_steps(top, steps):
+    levels = iddpm_levels()
+    model = Discrete(0.0, 0.25, (1, 2, 2), sigma_min=float(levels[0]), sigma_max=float(levels[levels <= 81][-1]))
+    model.levels = torch.from_numpy(levels)
+    options = DIRECT if top else ScheduleOptions(method="direct", trajectories=4, sigma_max=float(levels[-1]))
+    values = learn_schedule(model, (steps,), options)[steps].grid.values
+    assert set(values[:-1]) <= set(levels) and len(set(values)) == steps + 1
+    assert values[0] == (model.sigma_max if top else levels[-1])
+
+
+def test_too_many_steps_are_refused_before_any_evaluation():
+    model = Discrete(0.0, 0.25, (1, 2, 2), sigma_min=0.05)
+    with pytest.raises(ValueError, match="at most 60"):
+        learn_schedule(model, (61,), DIRECT)
+    assert model.evaluations == 0
+
+
+class Low(GaussianDenoiser):
+    """Levels from 0.5 up: far fewer than half of the optimum's levels are there."""
+
+    @property
+    def sigma_limits(self):
+        return 0.5, 80.0
+
+
+@pytest.mark.parametrize("steps", [5, 100])
+def test_levels_below_the_lowest_are_spread_above_it(steps):
+    values = learn_schedule(Low(0.0, 0.25, (1, 2, 2), sigma_min=0.5), (steps,), DIRECT)[steps].grid.values
+    assert values[-2] == 0.5 and (np.diff(values) < 0).all() and len(values) == steps + 1
+    free = GaussianClock(80.0, 0.5).sigma(np.arange(1, steps) / steps)
+    assert (free < 0.5).sum() >= steps // 5  # as many would have been lost
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def test_names_tell_networks_classes_guidance_and_steps_apart(tmp_path, monkeypatch):
+    """gaussian0.5 in 13 steps and gaussian0.51 in 3, two classes, two guides; legal on every system."""
+    monkeypatch.chdir(tmp_path)
+    guided = {"class_idx": 3, "guidance": 1.4, "gnet": "small.pkl"}
+    cases = [("gaussian0.5", {}, 13), ("gaussian0.51", {}, 3), ("net", {"class_idx": 1}, 3),
+             ("net", {"class_idx": 2}, 3), ("net", guided, 3), ("net", {**guided, "gnet": "big.pkl"}, 3),
+             ("net", {**guided, "guidance": 2.0}, 3),
+             ("a b%2F:c?", {}, 3), ("n" * 300, {}, 3)]
+    for name, details, k in cases:
+        learn_schedule(Network(gaussian(), name, None, details), (k,), DIRECT, "art_{network}{steps}.npy")
+    names = [path.name for path in Path().glob("*.npy")]
+    assert len(names) == len(cases) and "art_gaussian0.5-13.npy" in names and "art_net-class1-3.npy" in names
+    assert all(len(name) < 130 and not set(name) & set('<>:"/\\|?* %') for name in names)
+
+
+def test_a_grid_of_other_settings_is_not_overwritten(tmp_path):
+    model, out = Network(gaussian(), "it", "a" * 64), str(tmp_path / "g.npy")
+    first = learn_schedule(model, (4,), DIRECT, out)[4].grid
+    assert learn_schedule(model, (4,), DIRECT, out)[4].grid == first  # the same settings may
+    other = ScheduleOptions(method="direct", trajectories=6)
+    with pytest.raises(ValueError, match=r"other settings \(settings\.trajectories is 4 there, 6 here"):
+        learn_schedule(model, (4,), other, out)
+    with pytest.raises(ValueError, match="network.sha256"):
+        learn_schedule(Network(gaussian(), "it", "b" * 64), (4,), DIRECT, out)
+    assert load_grid(out) == first and sorted(os.listdir(tmp_path)) == ["g.json", "g.npy"]
+    forced = learn_schedule(model, (4,), ScheduleOptions(method="direct", trajectories=6, force=True), out)[4].grid
+    assert load_grid(out) == forced != first
+    (tmp_path / "g.json").unlink()  # what it is cannot be told
+    with pytest.raises(ValueError, match="other settings"):
+        learn_schedule(model, (4,), other, out)
+
+
+class Late(GaussianDenoiser):
+    """While it is measured, another run writes its grid there."""
+
+    out = None
+
+    def denoise(self, x, sigma, class_labels):
+        if self.out and float(sigma[0]) < 0.01 and not Path(self.out).exists():
+            learn_schedule(Network(gaussian(), "other", None), (4,), DIRECT, self.out)
+        return super().denoise(x, sigma, class_labels)
+
+
+def test_the_later_of_two_runs_on_one_name_does_not_overwrite_silently(tmp_path):
+    model = Late(0.0, 0.25, (1, 2, 2))
+    model.out = str(tmp_path / "g.npy")
+    with pytest.raises(ValueError, match="network.name"):
+        learn_schedule(Network(model, "it", None), (4,), DIRECT, model.out)
+    assert json.loads((tmp_path / "g.json").read_text())["network"]["name"] == "other"
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_network_is_loaded(monkeypatch):
+    monkeypatch.setattr("art_edm.schedule.load_network", lambda *args: pytest.fail("loaded"))
+    for out, text in (("no/g.npy", "no folder"), ("g.txt", ".npy"), ("no/{network}{steps}.npy", "no folder")):
+        with pytest.raises(ValueError, match=text):
+            learn_schedule("http://127.0.0.1:9/far.pkl", (4,), DIRECT, out)
+    with pytest.raises(ValueError, match="one file for 2 grids"):
+        learn_schedule("mnist", (4, 5), DIRECT, "g.npy")
+
+
+# --- what has no effect ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"solver": "heun"}, "--solver=heun, which has no effect"), ({"solver": "heun", "objective": "sde"}, "no effect"),
+    ({"method": "direct", "iterations": 7}, "--iterations=7, which has no effect"),
+    ({"method": "direct", "clock": "edm"}, "--clock=edm"), ({"method": "direct", "rollout": "live"}, "--rollout=live"),
+    ({"objective": "sde", "refine": True}, "deterministic"), ({"objective": "endpoint"}, "--refine does more"),
+    ({"preset": "mine"}, "expected default, paper"), ({"refine": True, "solver": "rk5"}, "rk5"),
+    ({"class_idx": 1}, "for a Denoiser"), ({"guidance": 2.0}, "for a Denoiser"),
+])
+def test_options_without_effect_are_refused(options, text):
+    model = gaussian()
+    with pytest.raises(ValueError, match=text):
+        learn_schedule(model, (4,), ScheduleOptions(**options))
+    assert model.evaluations == 0
+
+
+@pytest.mark.parametrize("text", ["0", "x", "2,2", "1.5", "", "1000000", "²"])
+def test_numbers_of_steps_that_are_none(text):
+    with pytest.raises(ValueError, match="found"):
+        parse_steps(text)
+    assert parse_steps("18") == (18,) and parse_steps("2, 3,5") == (2, 3, 5)
+
+
+def test_what_will_be_done_is_said_before_it_is_done(capsys):
+    """And no more than that is done."""
+    model = gaussian()
+    learn_schedule(model, (4,), ScheduleOptions(quiet=False, iterations=2))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "GaussianDenoiser on cpu, noise levels from 80 to 0.002"
+    assert second == "K = 4: profile of |Q|, 680 to 2,040 evaluations; ART-RL, 2 iterations, no evaluations"
+    assert model.evaluations == 680
+    live = ScheduleOptions(quiet=False, iterations=2, rollout="live", trajectories=4)
+    learn_schedule(model, (4,), live)
+    assert f"2 iterations, {3 * 8 * 97 * 2:,} evaluations" in capsys.readouterr().out
+    assert model.evaluations == 680 + 4 * 85 + 3 * 8 * 97 * 2
