@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import click
 
@@ -101,6 +101,14 @@ class _OneLineErrors(click.Command):
         if standalone_mode:
             sys.exit(result if isinstance(result, int) else 0)
         return result
+
+    def parse_args(self, ctx: click.Context, args: List[str]) -> List[str]:
+        """As click's own; ~ in --option=~/path is the home, which the shell itself leaves as it is there."""
+        parts = [(arg.partition("=") if arg.startswith("--") else ("", "", arg)) for arg in args]
+        return super().parse_args(ctx, [
+            name + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
+            for name, equals, value in parts
+        ])
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click's own, once it is known that torch can be used."""

@@ -33,3 +33,21 @@ def test_what_is_installed_without_a_record_is_not_judged(monkeypatch):
 
     monkeypatch.setattr(cli, "version", absent)
     cli.check_versions()
+
+
+@pytest.mark.parametrize("argument, expected", [
+    ("--out=~/a/b.npy", "/home/me/a/b.npy"), ("--out=a/~/b", "a/~/b"), ("--out=~other/b", "~other/b"),
+])
+def test_home_after_an_equals_sign(monkeypatch, argument, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+
+    def seen(kind):
+        @click.command(cls=kind)
+        @click.option("--out")
+        def main(out):
+            click.echo(out)
+
+        return CliRunner().invoke(main, [argument]).output.strip()
+
+    assert seen(cli.Command) == expected
+    assert seen(click.Command) == argument.partition("=")[2]  # the twin

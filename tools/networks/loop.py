@@ -7,24 +7,22 @@ uninterrupted one.
 from __future__ import annotations
 
 import math
-import pickle
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict
 
 import torch
 
+from art_edm.pickles.archives import load_tensors
 from art_edm.runtime.errors import Stopped
 from art_edm.runtime.files import save_tensors
 from art_edm.runtime.progress import GracefulStop, Progress
 
 __all__ = ["DAMAGED", "Run", "read_checkpoint", "to_unit", "train"]
 
-# What torch.load and its reader raise for a file that is truncated (an OSError too), or of another kind.
-DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, LookupError,
-           AttributeError, TypeError)
+# What `load_tensors` and the use of its result raise for a file that is truncated, or of another kind.
+DAMAGED = (RuntimeError, OSError, ValueError, LookupError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def train(
 def read_checkpoint(checkpoint: Path, config: Any) -> Dict[str, Any]:
     """The state that `train` saved; raises a ValueError if it is damaged, foreign or of other settings."""
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = load_tensors(checkpoint)
         if not isinstance(state, dict):
             raise TypeError(type(state).__name__)
         saved = {**asdict(type(config)()), **state["config"]}

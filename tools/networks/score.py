@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Dict, Optional, Tuple
 import torch
 
 from art_edm.models.unet import ScoreUNet
+from art_edm.pickles.archives import load_tensors
 from art_edm.runtime.files import save_tensors
 from art_edm.sampling.noise import seeded_generator
 from networks.loop import DAMAGED, Run, to_unit, train
@@ -145,7 +146,7 @@ def snapshot_path(checkpoint: Path, iteration: int) -> Path:
 def read_snapshot(path: Path, device: str = "cpu") -> Tuple[ScoreUNet, float]:
     """The averaged network of a snapshot, and the seconds of training until then; a ValueError if it is damaged."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
         net = ScoreUNet(**content["config"])
         net.load_state_dict(content["state"])
         seconds = float(content["seconds"])
