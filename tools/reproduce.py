@@ -11,7 +11,7 @@ from art_edm.runtime.cli import Command
 
 
 @click.command(cls=Command, groups={
-    "Data": "networks mnist cifar10 trust", "Size": "num seed", "Running": "batch device",
+    "Data": "networks mnist cifar10 trust", "Size": "num resample seed", "Running": "batch device",
     "Results": "out cache listing quiet",
 })
 @click.argument("names", nargs=-1, metavar="[TABLE|FIGURE|ablation|transfer]...")
@@ -25,6 +25,8 @@ from art_edm.runtime.cli import Command
               metavar="DIR", help="Where the report goes.")
 @click.option("--num", type=click.IntRange(2), metavar="N",
               help="Images, or noises, per cell.  [default: the experiment's own, as in the paper]")
+@click.option("--resample", type=click.Choice(["paper", "clock"]), default="paper",
+              help="How Table 5 gets other numbers of steps: log sigma linear in the step, or the clock read off.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, metavar="N",
               help="Seed of all randomness.")
 @click.option("--batch", type=click.IntRange(1), default=64, metavar="N", help="Images at a time.")

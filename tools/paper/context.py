@@ -53,6 +53,7 @@ class Lab:
         seed: of training and of sampling.
         forced: the device was asked for by name: networks that need a GPU are run without one.
         trust: run the code of pickles that are not known.
+        resample: rule of Table 5, paper or clock.
     """
 
     store: Store
@@ -68,6 +69,7 @@ class Lab:
     forced: bool = False
     trust: bool = False
     stop: Optional[GracefulStop] = None
+    resample: str = "paper"
     _networks: Dict[str, Network] = field(default_factory=dict)
 
     @property

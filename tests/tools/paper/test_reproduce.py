@@ -23,14 +23,14 @@ from paper.tables import table1
 from paper.tables.ablations import first_below, fixed_variance
 from paper.tables.empirical_fields import cifar10_images, empirical
 from paper.tables.fid_cells import pooled, pooled_moments
-from paper.tables.fid_tables import _fitted
+from paper.tables.fid_tables import _fitted, grids_of
 from paper.tables.table1 import _measure, limit, noise_free, quantile_means, run_oned, training_steps
 from PIL import Image
 from scipy.integrate import quad
 from scipy.stats import norm
 
 from art_edm.grids.clocks import make_clock
-from art_edm.grids.grid import Grid, edm
+from art_edm.grids.grid import Grid, edm, read_off, resample
 from art_edm.learning.config import PRESETS
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.models.analytic import one_dimensional
@@ -197,6 +197,17 @@ def test_a_foreign_grid_keeps_its_interior(lab):
     values = edm(6, 0.002, 80).values
     fitted = _fitted(Grid(values), Narrow)
     assert fitted.values[0] == 79 and fitted.values[-2] == 0.02 and np.array_equal(fitted.values[1:5], values[1:5])
+
+
+def test_table_5_resamples_by_either_rule(lab):
+    """Read off the clock at half the steps, every second level is kept to the bit; the paper's rule moves it."""
+    run = SimpleNamespace(grid=lambda k: edm(k, 0.002, 80))
+    denoiser = lab.network("gaussian:0.5").denoiser
+    item = replace(TABLES["table5-mnist"], steps=(9,))
+    found = {rule: grids_of(item, denoiser, run, rule)["art_rl"][9] for rule in ("paper", "clock")}
+    assert found == {"paper": resample(edm(18, 0.002, 80), 9), "clock": read_off(edm(18, 0.002, 80), 9)}
+    assert found["clock"].values[1] == edm(18, 0.002, 80).values[2] != found["paper"].values[1]
+    assert grids_of(item, denoiser, run) == grids_of(item, denoiser, run, "paper")
 
 
 # --- ablations ---------------------------------------------------------------------------------------

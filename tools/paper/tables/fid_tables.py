@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import torch
 
-from art_edm.grids.grid import Grid, resample
+from art_edm.grids.grid import Grid, read_off, resample
 from art_edm.learning.provenance import clock_score
 from art_edm.metrics.standard_errors import Difference, Measurement, difference, jackknife
 from art_edm.models.denoiser import Denoiser
@@ -39,8 +39,12 @@ Rows = Dict[str, List[Cell]]
 _SHOWN = 9  # images on a sheet for each grid and number of steps
 
 
-def grids_of(experiment: Experiment, denoiser: Denoiser, run: Run) -> Dict[str, Dict[int, Grid]]:
-    """Row -> number of steps -> grid, as the network takes them.
+RESAMPLE = {"paper": (resample, "resampled log-linearly (section 6.5.1)"),
+            "clock": (read_off, "its clock read off at each K")}
+
+
+def grids_of(experiment: Experiment, denoiser: Denoiser, run: Run, rule: str = "paper") -> Dict[str, Dict[int, Grid]]:
+    """Row -> number of steps -> grid, as the network takes them; `rule` of `RESAMPLE` is Table 5's.
 
     Raises a ValueError for a grid that it does not support.
     """
@@ -51,7 +55,7 @@ def grids_of(experiment: Experiment, denoiser: Denoiser, run: Run) -> Dict[str, 
         for name in experiment.grids:
             grid = rules[name] if name in rules else run.grid(k)
             if name == "art_rl" and kept is not None:
-                grid = resample(kept, k)
+                grid = RESAMPLE[rule][0](kept, k)
             table[name][k] = supported(denoiser, _fitted(grid, denoiser))
     return table
 
@@ -75,7 +79,7 @@ def run_images(experiment: Experiment, lab: Lab) -> Result:
     teacher = lab.network(experiment.learned_on) if experiment.learned_on else network
     decode = decoder_of(experiment.network, lab)
     run = lab.run(teacher)
-    table = grids_of(experiment, network.denoiser, run)
+    table = grids_of(experiment, network.denoiser, run, lab.resample)
     scores = experiment.metric == "is"
     detector = lab.detector(experiment.detector, network, scores)
     reference = None if scores else lab.reference(experiment.reference, detector)
@@ -171,7 +175,7 @@ def _notes(bench: Bench) -> List[str]:
         notes.append(f"The grid was learned on {experiment.learned_on} and is used unchanged.")
     if experiment.resampled_from:
         own = "; art_rl_own: the learned clock read off at each K" if "art_rl_own" in experiment.grids else ""
-        rule = f"art_rl: the grid of K = {experiment.resampled_from}, resampled log-linearly (section 6.5.1)"
+        rule = f"art_rl: the grid of K = {experiment.resampled_from}, {RESAMPLE[bench.lab.resample][1]}"
         notes.append(f"{rule}{own}.")
     if experiment.network == "mnist":
         notes.append("The network and the LeNet are this project's own: the paper's level of LeNet-FID is another one, "
