@@ -38,11 +38,9 @@ from art_edm.measure.objectives import expected_evaluations
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network, load_network
 from art_edm.refining.config import RefineConfig
-from art_edm.refining.refine import check_refinable
-from art_edm.refining.refine_all import refined_grids
+from art_edm.refining.refine import check_refinable, refine_grids
 from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import World, world
-from art_edm.runtime.pieces import Pieces
 from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.solvers import check_steps, fitted, order_of
@@ -368,24 +366,11 @@ class _Job:
         context: Context,
     ) -> None:
         """Refine the grids in place; what it cost becomes stages of `result`, what it found a part of the records."""
-        folder = context.store.folder
-        states = {} if folder is None else {k: folder / f"{k}.refine" for k in grids}
-        pieces = Pieces(folder and folder / "ends", context.identity, True, context.world.rank)
-
-        def count(stage: str, began: float, evaluations: int) -> None:
-            result.evaluations[stage] = result.evaluations.get(stage, 0) + evaluations
-            result.seconds[stage] = result.seconds.get(stage, 0.0) + time.perf_counter() - began + pieces.done()
-
-        with pieces:
-            found = refined_grids(
-                self.denoiser, grids, self.solver, RefineConfig(seed=seed), count, context.identity, states, True,
-                context.quiet, context.world, own_clock=self.options.objective != "solver", pieces=pieces,
-            )
-        with context.world.phase():
-            pieces.remove()
-            for path in states.values():
-                path.unlink(missing_ok=True)
-        for k, one in found.items():
+        own_clock = self.options.objective != "solver"
+        found = refine_grids(self.denoiser, grids, self.solver, RefineConfig(seed=seed), context, own_clock)
+        result.evaluations.update(found.evaluations)
+        result.seconds.update(found.seconds)
+        for k, one in found.results.items():
             grids[k], records[k]["refined"] = one.grid, one.record()
 
     def written(

@@ -89,8 +89,8 @@ def summary(learned: List[Any], plotted: bool, each: bool) -> List[str]:
         lines += table(record)
         if "refined" in record:
             before, after = record["refined"]["error_before"], record["refined"]["error_after"]
-            lines.append(f"end-point error of {record['solver']} on noises held out: {before['mean']:.4g} before, "
-                         f"{after['mean']:.4g} +- {after['stderr']:.2g} refined (median {after['median']:.4g})")
+            lines.append(f"end-point error of {record['solver']} on validation noises: {before['mean']:.4g} before, "
+                         f"{after['mean']:.4g} +- {after['mean_stderr']:.2g} refined (median {after['median']:.4g})")
         lines.append(f"wrote {path} and {path.with_suffix('.json').name}" + f" and {path.stem}.png" * plotted)
         if each or grid is learned[-1].grid:
             lines.append(costs(record, peak_memory()))

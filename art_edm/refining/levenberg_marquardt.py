@@ -20,10 +20,10 @@ import numpy as np
 __all__ = ["chain", "levels_of", "model", "parameters_of", "proposal", "secant"]
 
 SMOOTHING = 0.05  # of the mean error: below it, errors no longer weigh more
-LONGEST = 0.5  # step in q
-NEAR = 1e-3  # a level nearer to the lowest one, relative to the level before, starts from here
-FLAT = 0.1  # least scale of a parameter, relative to the largest
-PRIOR = 1.0  # curvature in units of f per parameter that is there at least, where J vanishes
+MAX_STEP = 0.5  # of a parameter q
+MIN_RATIO = 1e-3  # of the excesses over `low` of neighbouring levels; a smaller one starts from here
+MIN_SCALE = 0.1  # least curvature that scales a parameter, relative to the largest
+MIN_CURVATURE = 1.0  # added to the scale, in units of f per parameter: where J vanishes it is all there is
 TINY = 1e-300
 
 
@@ -37,7 +37,7 @@ def parameters_of(levels: np.ndarray, low: float = 0.0) -> np.ndarray:
     """The parameters q [K - 1] of levels [K + 1]; a level at `low` is taken as one just above it."""
     excess = levels[:-1] - low
     for j in range(1, len(excess)):
-        excess[j] = max(excess[j], NEAR * excess[j - 1])
+        excess[j] = max(excess[j], MIN_RATIO * excess[j - 1])
     ratio = excess[1:] / excess[:-1]
     return np.log(ratio / (1 - ratio))
 
@@ -48,20 +48,21 @@ def chain(q: np.ndarray, levels: np.ndarray, low: float = 0.0) -> np.ndarray:
 
 
 def model(
-    errors: np.ndarray, gram: np.ndarray, pull: np.ndarray, to_q: np.ndarray
+    errors: np.ndarray, jtj: np.ndarray, jtr: np.ndarray, to_q: np.ndarray
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradient g [K - 1], curvature H [K - 1, K - 1] and the scales [K - 1] of f in q: 1 / scale is a usual step.
 
     Args:
-        errors: [M]; gram, pull: J^T J [M, K-1, K-1] and J^T r [M, K-1] per pixel, by level.
+        errors: [M]; jtj, jtr: J^T J [M, K-1, K-1] and J^T r [M, K-1] per pixel, by level.
         to_q: d level / d q.
     """
     w = 1 / np.sqrt(np.square(errors) + (SMOOTHING * errors.mean()) ** 2 + TINY)  # [M]
-    outward = np.einsum("m,mi,mj->ij", w**3, pull, pull) / len(w)  # a distance is straight along its residual
-    curvature = np.tensordot(w, gram, 1) / len(w)
-    gradient = w @ pull / len(w)
+    outward = np.einsum("m,mi,mj->ij", w**3, jtr, jtr) / len(w)  # a distance is straight along its residual
+    curvature = np.tensordot(w, jtj, 1) / len(w)
+    gradient = w @ jtr / len(w)
     diagonal = np.diag(to_q.T @ curvature @ to_q)
-    scale = np.sqrt(np.maximum(diagonal, FLAT * diagonal.max()) + PRIOR * errors.mean() / len(diagonal) + TINY)
+    least = MIN_CURVATURE * errors.mean() / len(diagonal) + TINY
+    scale = np.sqrt(np.maximum(diagonal, MIN_SCALE * diagonal.max()) + least)
     return to_q.T @ gradient, to_q.T @ (curvature - outward) @ to_q, scale
 
 
@@ -80,9 +81,9 @@ def proposal(
     """The next step in q and the gain that the curvature H (with S) promises.
 
     -(|H| + damping diag scale^2)^-1 g, where |H| has the magnitudes of H's eigenvalues in units of `scale`: a
-    direction of negative curvature is followed downhill. No parameter moves by more than `LONGEST`.
+    direction of negative curvature is followed downhill. No parameter moves by more than `MAX_STEP`.
     """
     values, vectors = np.linalg.eigh(H / np.outer(scale, scale))
     step = -(vectors @ (vectors.T @ (gradient / scale) / (np.abs(values) + damping))) / scale
-    step = step * min(1.0, LONGEST / max(np.abs(step).max(), TINY))
+    step = step * min(1.0, MAX_STEP / max(np.abs(step).max(), TINY))
     return step, float(-(gradient @ step) - 0.5 * step @ H @ step)

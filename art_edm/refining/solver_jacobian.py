@@ -2,38 +2,32 @@
 
 Symbols
 -------
-x_K          where the solver ends, on a grid sigma_0 > ... > sigma_K = 0; x_ref where the exact path ends
-residual     r = x_K - x_ref, [M, C, H, W] over M noises
-error        RMS of r over pixels, [M], in units of x
-J            d x_K / d sigma_j, j = 1..K-1, by forward differences through the solver itself
-gram, pull   J^T J and J^T r per noise and pixel, [M, K-1, K-1] and [M, K-1]: all that a least-squares step needs
-E_k          how far the exact path's end moves by the local error of the solver's step k, [M, C, H, W]
+x_K       where the solver ends, on a grid sigma_0 > ... > sigma_K = 0; x_ref where the exact path ends
+residual  r = x_K - x_ref, [M, C, H, W] over M noises
+error     RMS of r over pixels, [M], in units of x
+J         d x_K / d sigma_j, j = 1..K-1, by forward differences through the solver itself
+jtj, jtr  J^T J and J^T r per noise and pixel, [M, K-1, K-1] and [M, K-1]: all that a least-squares step needs
 
 Moving sigma_j leaves the steps that end above it as they are (but for one, where a solver's weights come from the
 clock), and the first slope of the first step that it changes. So a difference starts from what the undisturbed run
-stored there, which halves its cost; it needs neither autograd nor memory that grows with
-the network, and serves every solver, guided or not.
+stored there, which halves its cost; it needs neither autograd nor memory that grows with the network, and serves
+every solver, guided or not.
 """
 
 from __future__ import annotations
 
 import hashlib
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 
 from art_edm.measure.field import full_precision, rms
-from art_edm.models.denoiser import Denoiser
-from art_edm.runtime.distributed import ALONE, World
-from art_edm.runtime.pieces import Pieces
-from art_edm.sampling.multistep import on_path
+from art_edm.refining.stage import Stage
 from art_edm.sampling.solvers import SOLVERS, Past, Slope, integrate, slope_of
 
-__all__ = ["Noises", "Run", "Travel", "solve_ends"]
-
-Tell = Callable[[], None]
+__all__ = ["Noises", "Run", "SolverRuns", "solve_ends"]
 
 
 class Noises(NamedTuple):
@@ -47,9 +41,13 @@ class Noises(NamedTuple):
         """Some of them."""
         return Noises(self.latents[where], None if self.labels is None else self.labels[where], self.ends[where])
 
-    def to(self, device: torch.device) -> "Noises":
-        """The same on another device."""
-        return Noises(*(None if tensor is None else tensor.to(device) for tensor in self))
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        digest = hashlib.sha256()
+        for tensor in self:
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
 
 class _Start(NamedTuple):
@@ -60,17 +58,19 @@ class _Start(NamedTuple):
     slope: torch.Tensor  # dx/dsigma at x, [B, C, H, W]
 
 
+class _Kept(NamedTuple):
+    """What a run of one batch leaves for its derivatives."""
+
+    starts: List[_Start]  # [K]
+    end: torch.Tensor  # x_K [B, C, H, W]
+
+
 class Run(NamedTuple):
-    """One run of the sampler over this process's share of the noises."""
+    """One run of the sampler over the noises."""
 
     levels: np.ndarray  # [K + 1]
     errors: np.ndarray  # [M], of all noises, on every process
-    starts: List[List[_Start]]  # [K] for each batch of the share
-    ends: List[torch.Tensor]  # x_K [B, C, H, W] for each batch of the share
-
-
-def _silent() -> None:
-    """Tell nobody."""
+    kept: Dict[int, _Kept]  # first noise of a batch that was run just now -> what it left
 
 
 class _Recorder:
@@ -99,53 +99,44 @@ class _Replay:
         return value
 
 
-class Travel:
+class SolverRuns:
     """Runs of one solver from the same noises, on any grid.
 
+    The processes share out whole batches, so that their number changes no rounding; each gets the figures of all.
+
     Args:
-        batch: noises per evaluation. The processes share out whole batches, so that their number changes no rounding.
-        tell: called between pieces of work; it may raise to end it.
-        world: processes that share the noises; each gets the figures of all.
-        pieces: where figures of each batch are kept and found; runs that are kept whole, and derivatives, are not.
+        stage: keeps and finds the errors and derivatives of each batch; its context has the size of batches.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, solver: str, noises: Noises, batch: int, tell: Tell = _silent, world: World = ALONE,
-        pieces: Optional[Pieces] = None,
-    ) -> None:
-        self.denoiser, self.solver, self.noises, self.batch = denoiser, solver, noises, batch
-        self.tell, self.world, self.pieces = tell, world, pieces
+    def __init__(self, solver: str, noises: Noises, stage: Stage) -> None:
+        self.solver, self.noises, self.stage = solver, noises, stage
+        self.world, self.batch = stage.context.world, stage.context.batch
         self.evaluations = 0  # of all processes
         self._digests: Dict[int, str] = {}
 
     def _share(self) -> List[slice]:
-        count, batch = len(self.noises.latents), self.batch
-        return [slice(a, min(a + batch, count)) for a in range(self.world.rank * batch, count, self.world.size * batch)]
+        """The batches of this process."""
+        count, batch, world = len(self.noises.latents), self.batch, self.world
+        return [slice(a, min(a + batch, count)) for a in range(world.rank * batch, count, world.size * batch)]
 
     def _slope(self, part: slice) -> Slope:
         labels = self.noises.labels
-        return slope_of(self.denoiser, None if labels is None else labels[part])
+        return slope_of(self.stage.denoiser, None if labels is None else labels[part])
 
-    def spent(self) -> int:
-        """Evaluations of this process so far."""
-        return self.denoiser.evaluations if self.pieces is None else self.pieces.spent(self.denoiser)
-
-    def piece(self, what: List[Any], part: slice, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `work` gives for a batch, or gave before; on the denoiser's device."""
-        if self.pieces is None:
-            return work()
+    def _what(self, kind: str, levels: np.ndarray, part: slice, **more: Any) -> Dict[str, Any]:
+        """All that decides the rows of a batch."""
         if part.start not in self._digests:
-            digest = hashlib.sha256()
-            for tensor in self.noises.part(part):
-                if tensor is not None:
-                    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.cpu().numpy().tobytes())
-            self._digests[part.start] = digest.hexdigest()
-        return self.pieces.get(self.denoiser, [self.solver, self._digests[part.start], *what], work)
+            self._digests[part.start] = self.noises.part(part).digest()
+        return {"kind": kind, "solver": self.solver, "levels": levels.tolist(), "noises": self._digests[part.start],
+                **more}
+
+    def _initial(self, part: slice, levels: np.ndarray) -> torch.Tensor:
+        return self.stage.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
 
     def _sum(self, rows: torch.Tensor, before: int) -> np.ndarray:
         """Rows [M, n] of all processes; adds up their evaluations."""
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        rows[-1, 0] = self.spent() - before
+        rows[-1, 0] = self.stage.evaluations - before
         rows = self.world.sum(rows.to(self.world.device)).cpu().numpy()
         self.evaluations += int(rows[-1, 0])
         return rows[:-1]
@@ -153,130 +144,89 @@ class Travel:
     @torch.no_grad()
     def run(self, levels: np.ndarray, keep: bool = True) -> Run:
         """Take every noise over the levels [K + 1]; without `keep` for the errors alone, in little memory."""
-        before, errors = self.spent(), torch.zeros(len(self.noises.latents), 1, dtype=torch.float64)
-        starts, ends = [], []
+        before, errors = self.stage.evaluations, torch.zeros(len(self.noises.latents), 1, dtype=torch.float64)
+        kept: Dict[int, _Kept] = {}
 
-        def of(part: slice) -> torch.Tensor:
-            x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
-            x, kept = self._recorded(self._slope(part), x, torch.tensor(levels, device=x.device))
+        def errors_of(part: slice) -> torch.Tensor:
+            batch = self._recorded(part, levels)
             if keep:
-                starts.append(kept)
-                ends.append(x)
-            return rms(x - self.noises.ends[part])
+                kept[part.start] = batch
+            return rms(batch.end - self.noises.ends[part])
 
         with self.world.phase(), full_precision():
             for part in self._share():
-                found = of(part) if keep else self.piece(["errors", levels.tolist()], part, partial(of, part))
-                errors[part, 0] = found.cpu()
-                self.tell()
-        return Run(levels, self._sum(errors, before)[:, 0], starts, ends)
+                what = self._what("errors", levels, part)
+                found = self.stage.find(what)
+                errors[part, 0] = self.stage.make(what, partial(errors_of, part)) if found is None else found
+        return Run(levels, self._sum(errors, before)[:, 0], kept)
 
-    def _recorded(self, slope: Slope, x: torch.Tensor, sigma: torch.Tensor) -> Tuple[torch.Tensor, List[_Start]]:
-        kept, past = [], ()
+    def _recorded(self, part: slice, levels: np.ndarray) -> _Kept:
+        """A batch from the first level to the last, and what each step began with."""
+        kept, past, x, slope = [], (), self._initial(part, levels), self._slope(part)
+        sigma = torch.tensor(levels, device=x.device)
         for k in range(len(sigma) - 1):
             recorder, start = _Recorder(slope), (x, past)
             x, past = integrate(recorder, x, sigma, self.solver, past, steps=[k])
             kept.append(_Start(*start, recorder.first))
-        return x, kept
+        return _Kept(kept, x)
 
     @torch.no_grad()
     def derivatives(self, run: Run, step: float) -> Tuple[np.ndarray, np.ndarray]:
-        """Gram matrices J^T J and pulls J^T r of a run, [M, K-1, K-1] and [M, K-1].
+        """jtj and jtr of a run, [M, K-1, K-1] and [M, K-1].
 
         Args:
             step: of the differences, as a fraction of the smaller of the two gaps beside a level.
         """
-        inner, before = len(run.levels) - 2, self.spent()
+        inner, before = len(run.levels) - 2, self.stage.evaluations
         rows = torch.zeros(len(self.noises.latents), inner * (inner + 1), dtype=torch.float64)
         with self.world.phase(), full_precision():
-            for part, starts, end in zip(self._share(), run.starts, run.ends):
-                columns = self._columns(run.levels, self._slope(part), starts, end, step)  # [B, K-1, d]
-                residual = (end - self.noises.ends[part]).flatten(1)  # [B, d]
-                gram = columns @ columns.transpose(1, 2) / residual.shape[1]
-                pull = (columns @ residual[:, :, None])[:, :, 0] / residual.shape[1]
-                rows[part] = torch.cat([gram.flatten(1), pull], dim=1).cpu()
+            for part in self._share():
+                what = self._what("derivatives", run.levels, part, step=step)
+                found = self.stage.find(what)
+                if found is None:  # a run that was itself found is done again for it, and not counted twice
+                    kept = run.kept.get(part.start) or self._recorded(part, run.levels)
+                    found = self.stage.make(what, partial(self._products, run.levels, part, kept, step))
+                rows[part] = found
         full = self._sum(rows, before)
         return full[:, : inner * inner].reshape(-1, inner, inner), full[:, inner * inner :]
 
-    def _columns(
-        self, levels: np.ndarray, slope: Slope, starts: List[_Start], end: torch.Tensor, step: float
-    ) -> torch.Tensor:
-        """J of a batch, [B, K-1, d]: each level moved up, and all that follows solved again."""
-        columns, gaps = [], -np.diff(levels)
+    def _products(self, levels: np.ndarray, part: slice, kept: _Kept, step: float) -> torch.Tensor:
+        """jtj and jtr of a batch side by side, [B, (K-1) K]: each level moved up, and all that follows solved again."""
+        columns, gaps, slope = [], -np.diff(levels), self._slope(part)
         for j in range(1, len(levels) - 1):
             moved = levels.copy()
             moved[j] += step * min(gaps[j - 1], gaps[j])
             first = max(j - 1 - SOLVERS[self.solver].reach, 0)  # the first step that the move changes
-            start, sigma = starts[first], torch.tensor(moved, device=end.device)
-            steps = range(first, len(levels) - 1)
-            x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self.solver, start.past, steps=steps)
-            columns.append((x - end).flatten(1) / (moved[j] - levels[j]))
-            self.tell()
-        return torch.stack(columns, dim=1)
-
-    @torch.no_grad()
-    def grown(self, levels: np.ndarray, middles: np.ndarray) -> np.ndarray:
-        """Products E_j^T E_k per pixel of the grown local errors of the solver's steps over `levels`, [M, K, K].
-
-        Every step starts on the exact path, and so does what multistep solvers remember. What a step leaves is an error
-        that grows or shrinks from level to level as Heun's steps from beside the path part from those on it.
-        M K (K + 10) evaluations, and the solver's own.
-
-        Args:
-            levels: [K + 1], descending to 0.
-            middles: [K], one between each two levels: the exact path is solved in two steps of RK4, and the last in
-                one more, to a sixth of the middle, so that the step to 0, which is Euler's, is short.
-        """
-        count, before = len(levels) - 1, self.spent()
-        rows = torch.zeros(len(self.noises.latents), count * count, dtype=torch.float64)
-        what = ["grown", levels.tolist(), middles.tolist()]
-
-        def of(part: slice) -> torch.Tensor:
-            x = self.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
-            errors = self._grown(self._slope(part), x, levels, middles)
-            return (errors @ errors.transpose(1, 2) / errors.shape[2]).flatten(1)
-
-        with self.world.phase(), full_precision():
-            for part in self._share():
-                rows[part] = self.piece(what, part, partial(of, part)).cpu()
-        return self._sum(rows, before).reshape(-1, count, count)
-
-    def _grown(self, slope: Slope, x: torch.Tensor, levels: np.ndarray, middles: np.ndarray) -> torch.Tensor:
-        """E of a batch, [B, K, d]."""
-        errors, past = [], ()
-        grid = torch.tensor(levels, device=x.device, dtype=x.dtype)
-        for k, (a, middle, b) in enumerate(zip(levels, middles, levels[1:])):
-            last = [] if b else [max(middle / 6, min(self.denoiser.sigma_limits[0], middle / 2))]
-            fine, once, twice = (torch.tensor(each, device=x.device, dtype=x.dtype) for each in (
-                [a, middle, *last, b], [a, b], [a, middle, b]))
-            grow = once if b else twice  # a step to 0 is Euler's and shows no growth
-            exact, _ = integrate(slope, x, fine, "rk4")
-            end, past = integrate(slope, x, grid, self.solver, past, steps=[k])
-            past = on_path(past, x)
-            beside = [integrate(slope, x + error, grow, "heun")[0] for error in errors]
-            on = integrate(slope, x, grow, "heun")[0] if errors else x
-            errors, x = [*(each - on for each in beside), end - exact], exact
-            self.tell()
-        return torch.stack(errors, dim=1).flatten(2)
+            start, sigma, steps = kept.starts[first], torch.tensor(moved, device=kept.end.device), len(levels) - 1
+            x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self.solver, start.past,
+                             steps=range(first, steps))
+            columns.append((x - kept.end).flatten(1) / (moved[j] - levels[j]))
+            self.stage.tell()
+        J = torch.stack(columns, dim=1)  # [B, K-1, d]
+        residual = (kept.end - self.noises.ends[part]).flatten(1)  # [B, d]
+        jtj = J @ J.transpose(1, 2) / residual.shape[1]
+        jtr = (J @ residual[:, :, None])[:, :, 0] / residual.shape[1]
+        return torch.cat([jtj.flatten(1), jtr], dim=1)
 
 
 @torch.no_grad()
 def solve_ends(
-    denoiser: Denoiser, latents: torch.Tensor, labels: Optional[torch.Tensor], levels: np.ndarray, solver: str,
-    batch: int, tell: Tell = _silent, world: World = ALONE, pieces: Optional[Pieces] = None,
+    solver: str, latents: torch.Tensor, labels: Optional[torch.Tensor], levels: np.ndarray, stage: Stage
 ) -> Tuple[Noises, int]:
     """Where the paths of `latents` end, by `solver` on fine `levels`, and the evaluations of all processes."""
     zero = torch.zeros(latents.shape, dtype=torch.float64, device=latents.device)
-    travel = Travel(denoiser, solver, Noises(latents, labels, zero), batch, tell, world, pieces)
-    before, ends = travel.spent(), zero.clone()
+    runs, ends = SolverRuns(solver, Noises(latents, labels, zero), stage), zero.clone()
 
-    def of(part: slice) -> torch.Tensor:
-        x = denoiser.initial(latents[part], float(levels[0])).to(torch.float64)
+    def ends_of(part: slice) -> torch.Tensor:
+        x = runs._initial(part, levels)
         sigma = torch.tensor(levels, device=x.device)
-        return integrate(travel._slope(part), x, sigma, solver, on_step=lambda *_: tell())[0]
+        return integrate(runs._slope(part), x, sigma, solver, on_step=lambda *_: stage.tell())[0]
 
+    before, world = stage.evaluations, stage.context.world
     with world.phase(), full_precision():
-        for part in travel._share():
-            ends[part] = travel.piece(["ends", levels.tolist()], part, partial(of, part))
-    count = world.sum(torch.tensor([float(travel.spent() - before)]).to(world.device))
+        for part in runs._share():
+            what = runs._what("ends", levels, part)
+            found = stage.find(what)
+            ends[part] = (stage.make(what, partial(ends_of, part)) if found is None else found).to(ends)
+    count = world.sum(torch.tensor([float(stage.evaluations - before)], dtype=torch.float64).to(world.device))
     return Noises(latents, labels, world.sum(ends)), int(count)

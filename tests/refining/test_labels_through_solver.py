@@ -6,21 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from art_edm.grids.clocks import GaussianClock
 from art_edm.learning.config import TrainConfig
 from art_edm.learning.training import train
 from art_edm.measure.field import rms
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.denoiser import Denoiser
-from art_edm.refining.endpoint_objective import draw_apart, end_point_grids
-from art_edm.refining.error_growth import weighted
 from art_edm.refining.noise_sets import draw_noises
 from art_edm.refining.refine import refine
 from art_edm.sampling.solvers import sample
-from tests.support.refine_fields import SHORT
+from tests.support.refine_fields import SHORT, TOP, art, pairs
 
-SCALES, TOP = (0.2, 0.5, 1.5), 80.0
-CLOCK = GaussianClock(TOP, 0.5)
+SCALES = (0.2, 0.5, 1.5)
 
 
 class Classes(Denoiser):
@@ -48,25 +44,25 @@ def alone(scale: float) -> GaussianDenoiser:
 
 def test_exact_ends_are_those_of_the_labels():
     model = Classes()
-    for drawn in (draw_noises(model, SHORT, TOP), draw_apart(model, SHORT, TOP)):
-        for part in drawn[:2]:
-            assert part.labels.sum(dim=1).eq(1).all()
-            errors = {}
-            for turn in (0, 1):  # the twin has the labels of others
-                scales = torch.tensor(SCALES, dtype=torch.float64).roll(-turn)
-                scale = (part.labels.double() @ scales).reshape(-1, 1, 1, 1)
-                exact = part.latents * TOP * scale / (scale.square() + TOP**2).sqrt()
-                errors[turn] = float((part.ends - exact).abs().max())
-            assert errors[0] < 2e-3 and errors[1] > 0.1
-        assert len(torch.unique(torch.cat([part.labels for part in drawn[:2]]), dim=0)) == 3
+    drawn = draw_noises(model, SHORT, TOP, pairs())
+    for part in drawn[:2]:
+        assert part.labels.sum(dim=1).eq(1).all()
+        errors = {}
+        for turn in (0, 1):  # the twin has the labels of others
+            scales = torch.tensor(SCALES, dtype=torch.float64).roll(-turn)
+            scale = (part.labels.double() @ scales).reshape(-1, 1, 1, 1)
+            exact = part.latents * TOP * scale / (scale.square() + TOP**2).sqrt()
+            errors[turn] = float((part.ends - exact).abs().max())
+        assert errors[0] < 2e-3 and errors[1] > 0.1
+    assert len(torch.unique(torch.cat([part.labels for part in drawn[:2]]), dim=0)) == 3
 
 
 def test_refined_with_the_labels_of_the_noises():
-    model, given = Classes(), weighted(CLOCK.sigma, 0.0, 0.5, 4)
-    drawn = draw_noises(model, SHORT, TOP)
+    model, given = Classes(), art(4)
+    drawn = draw_noises(model, SHORT, TOP, pairs())
     own = train(model, TrainConfig(method="direct", solver="heun")).profile.direct(4)
-    result = refine(model, given, "heun", SHORT, noises=drawn, others={"own": own})
-    latents, labels, ends = drawn.held
+    result = refine(model, given, "heun", SHORT, pairs(), drawn, {"own": own})
+    latents, labels, ends = drawn.validation
     for grid, figures in ((given, result.error_before), (result.grid, result.error_after)):
         error = lambda labels: float(rms(sample(model, latents, grid, "heun", labels) - ends).mean())
         assert figures.mean == pytest.approx(error(labels), rel=1e-9)
@@ -77,18 +73,15 @@ def test_refined_with_the_labels_of_the_noises():
 @pytest.mark.parametrize("index", range(3))
 def test_one_class_is_as_a_model_of_it(index):
     """With the class fixed, every grid is that of the same data without labels, and of no other class."""
-    model, given = Classes(), {4: weighted(CLOCK.sigma, 0.0, 0.5, 4)}
+    model, given = Classes(), art(4)
     model.class_idx = index
-    count = lambda *told: None
 
     def grids(one):
-        drawn = draw_noises(one, SHORT, TOP)
-        refined = refine(one, given[4], "euler", SHORT, noises=drawn).grid
-        found = end_point_grids(one, CLOCK.sigma, given, "euler", SHORT, drawn, count)[4]
+        refined = refine(one, given, "euler", SHORT, pairs()).grid
         clock = train(one, TrainConfig(method="direct", solver="sde")).profile.direct(4)
-        return refined.values, found.grid.values, clock.values
+        return refined.values, clock.values
 
-    labelled, tolerances = grids(model), (1e-3, 1e-3, 0.25)  # the last clock is measured with other noise on the way
+    labelled, tolerances = grids(model), (1e-3, 0.25)  # the last clock is measured with other noise on the way
     for other, scale in enumerate(SCALES):
         same = [np.allclose(a, b, rtol=rtol) for a, b, rtol in zip(labelled, grids(alone(scale)), tolerances)]
         assert all(same) if other == index else not any(same)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from torch.distributed import HashStore
 
 from art_edm.grids.grid import Grid, edm_unpinned
 from art_edm.models.analytic import MixtureDenoiser
-from art_edm.refining.refine import draw_noises, refine
-from art_edm.refining.solver_jacobian import Travel
+from art_edm.refining.noise_sets import draw_noises
+from art_edm.refining.refine import refine, refine_grids
 from art_edm.runtime.errors import CheckpointMismatch, NonFiniteOutput, Stopped
-from tests.support.refine_fields import SHORT, Rounded, Threads, mixture, start
+from art_edm.runtime.store import Store
+from art_edm.sampling.solvers import nfe
+from tests.support.refine_fields import SHORT, Rounded, mixture, pairs, start, together
+
+RANDOM = random.Random(5)
+ENDS = nfe(SHORT.fine_solver, SHORT.fine_steps)  # evaluations for one exact path
+BATCH = 2 * max(ENDS, sum(nfe("heun", n) - 1 for n in range(2, 6)))  # of the dearest entry
 
 
 def bits(result):
@@ -29,122 +35,190 @@ def bits(result):
 @pytest.fixture(scope="module")
 def whole():
     """A run that nobody disturbed."""
-    return bits(refine(mixture(), start(), "heun", SHORT))
+    return bits(refine(mixture(), start(), "heun", SHORT, pairs()))
 
 
 def test_one_seed_one_result(whole):
-    assert bits(refine(mixture(), start(), "heun", SHORT)) == whole
-    assert bits(refine(mixture(), start(), "heun", replace(SHORT, seed=1)))[0] != whole[0]
+    assert bits(refine(mixture(), start(), "heun", SHORT, pairs())) == whole
+    assert bits(refine(mixture(), start(), "heun", replace(SHORT, seed=1), pairs()))[0] != whole[0]
 
 
 def test_every_evaluation_is_counted_and_shared_noises_serve_all(whole):
     model = mixture()
-    assert bits(refine(model, start(), "heun", SHORT))[2] == model.evaluations
-    drawn, before = draw_noises(model, SHORT, 20.0), model.evaluations
-    result = refine(model, start(), "heun", SHORT, noises=drawn)
+    assert bits(refine(model, start(), "heun", SHORT, pairs()))[2] == model.evaluations
+    drawn, before = draw_noises(model, SHORT, 20.0, pairs()), model.evaluations
+    result = refine(model, start(), "heun", SHORT, pairs(), drawn)
     assert result.evaluations == model.evaluations - before == whole[2] - drawn.evaluations
     assert drawn.evaluations == 10 * (4 * 19 + 1) and result.grid.values.tobytes() == whole[0]
 
 
 def test_the_record_says_what_was_done():
-    result = refine(mixture(), start(3), "ipndm", SHORT)
+    result = refine(mixture(), start(3), "ipndm", SHORT, pairs())
     record = json.loads(json.dumps(result.record(), allow_nan=False))
     assert record["settings"]["solver"] == "ipndm" and record["settings"]["noises"] == 6
-    assert record["error_after"] == {"mean": result.error_after.mean, "stderr": result.error_after.stderr,
-                                     "median": result.error_after.median}
+    assert record["settings"]["batch"] == 2 and record["error_after"] == result.error_after._asdict()
     assert record["evaluations"] == result.history[-1]["evaluations"] and len(record["history"]) == len(result.history)
 
 
-class Killed(Exception):
-    """Stands for the end of the process."""
+# --- stops -----------------------------------------------------------------------------------------------
 
 
-def killed(monkeypatch, method, at, checkpoint):
-    """A run that ends at call number `at`, from 0, of this method of `Travel`."""
-    original, calls = getattr(Travel, method), []
-
-    def kill(self, *arguments):
-        calls.append(1)
-        if len(calls) > at:
-            raise Killed
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Travel, method, kill)
-        refine(mixture(), start(), "heun", SHORT, checkpoint=checkpoint)
-
-
-@pytest.mark.parametrize("at", [0, 1, 2, 4])
-@pytest.mark.parametrize("method", ["derivatives", "run"])
-def test_resumed_after_any_kill_gives_the_same_bytes(at, method, whole, tmp_path, monkeypatch):
-    checkpoint = tmp_path / "state"
-    killed(monkeypatch, method, at, checkpoint)
-    assert bits(refine(mixture(), start(), "heun", SHORT, checkpoint=checkpoint, resume=True)) == whole
-    model = mixture()
-    assert bits(refine(model, start(), "heun", SHORT, checkpoint=checkpoint, resume=True)) == whole
-    assert model.evaluations == 0  # there was nothing left to do
-
-
-def test_a_checkpoint_without_its_curvature_is_noticed(whole, tmp_path, monkeypatch):
-    """The comparison above would see a part of the state that is missing."""
-    checkpoint = tmp_path / "state"
-    killed(monkeypatch, "derivatives", 3, checkpoint)
-    for name in ("secant", "damping", "gradient"):
-        content = torch.load(checkpoint, weights_only=True)
-        assert len(content["state"]["history"]) == 4
-        content["state"][name] = content["state"][name] * 3
-        torch.save(content, tmp_path / "other")
-        other = refine(mixture(), start(), "heun", SHORT, checkpoint=tmp_path / "other", resume=True)
-        assert bits(other)[1] != whole[1]
+class Killed(BaseException):
+    """As kill -9: nothing is written when it comes."""
 
 
 class Disturbed(MixtureDenoiser):
-    """Something happens at an evaluation; D is NaN at and after the number `bad`."""
+    """Something happens at evaluation number `at`: `kill`, `signal` or, from then on, `nan`."""
 
-    happens, bad = None, None
+    at, what = None, ""
 
     def denoise(self, x, sigma, class_labels):
-        if self.happens and self.evaluations > self.happens:
-            self.happens = None
+        due = self.at is not None and self.evaluations + len(x) > self.at
+        if due and self.what == "kill":
+            raise Killed
+        if due and self.what == "signal":
+            self.at = None
             os.kill(os.getpid(), signal.SIGINT)
         y = super().denoise(x, sigma, class_labels)
-        return y * float("nan") if self.bad and self.evaluations >= self.bad else y
+        return y * float("nan") if due and self.what == "nan" else y
 
 
-def disturbed(**kwargs):
+def disturbed(what="", at=None):
     base = mixture()
     model = Disturbed(base.weights, base.means, base.std, 0.01, 20.0)
-    for name, value in kwargs.items():
-        setattr(model, name, value)
+    model.what, model.at = what, at
     return model
 
 
+def kept(folder, **more):
+    return pairs(store=Store(folder), identity="it", **more)
+
+
+@pytest.mark.parametrize("share", [0.0, *(RANDOM.random() for _ in range(19))])
+def test_killed_at_any_of_20_moments_it_ends_alike_and_loses_one_batch(share, whole, tmp_path):
+    model = disturbed("kill", int(share * whole[2]))
+    with pytest.raises(Killed):
+        refine(model, start(), "heun", SHORT, kept(tmp_path))
+    again = disturbed()
+    assert bits(refine(again, start(), "heun", SHORT, kept(tmp_path))) == whole
+    redone = model.evaluations + again.evaluations - whole[2]
+    assert 0 <= redone <= BATCH + 6 * nfe("heun", 5)  # what was under way, and a run whose steps derivatives begin with
+    last = disturbed()
+    assert bits(refine(last, start(), "heun", SHORT, kept(tmp_path))) == whole
+    assert last.evaluations == 0  # there was nothing left to do
+
+
+def test_without_a_store_all_is_lost(whole):
+    """The twin: the same kill, and nothing to find."""
+    with pytest.raises(Killed):
+        refine(disturbed("kill", whole[2] - 5), start(), "heun", SHORT, pairs())
+    model = disturbed()
+    assert bits(refine(model, start(), "heun", SHORT, pairs())) == whole and model.evaluations == whole[2]
+
+
+def test_killed_again_and_again_it_gets_there(whole, tmp_path):
+    """Every life has a tenth of the evaluations; the sum is little more than one."""
+    lives = 0
+    for _ in range(40):
+        model = disturbed("kill", whole[2] // 10)
+        try:
+            found = bits(refine(model, start(), "heun", SHORT, kept(tmp_path)))
+        except Killed:
+            lives += 1
+        else:
+            break
+    assert found == whole and 9 <= lives <= 25
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "another's"])
+def test_damaged_entries_cost_time_alone(whole, tmp_path, damage):
+    refine(mixture(), start(), "heun", SHORT, kept(tmp_path))
+    paths = sorted(tmp_path.glob("*.npz"))
+    for path, other in zip(paths[::3], paths[1::3]):
+        content = path.read_bytes()
+        middle = len(content) // 2
+        if damage == "another's":
+            shutil.copy(other, path)
+        else:
+            flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1:]
+            path.write_bytes(content[:middle] if damage == "cut" else flipped)
+    model = mixture()
+    assert bits(refine(model, start(), "heun", SHORT, kept(tmp_path))) == whole
+    assert 0 < model.evaluations < 0.7 * whole[2]
+
+
+def test_two_runs_at_once_in_one_folder_and_one_removes_it(whole, tmp_path):
+    """While one is at work another ends, and takes the folder away."""
+    other = []
+
+    class Interrupted(Disturbed):
+        def denoise(self, x, sigma, class_labels):
+            if not other and self.evaluations > whole[2] // 2:
+                other.append(1)
+                context = kept(tmp_path / "kept")
+                other.append(bits(refine(mixture(), start(), "heun", SHORT, context)))
+                context.store.remove()
+                assert not (tmp_path / "kept").exists()
+            return super().denoise(x, sigma, class_labels)
+
+    base, context = mixture(), kept(tmp_path / "kept")
+    model = Interrupted(base.weights, base.means, base.std, 0.01, 20.0)
+    assert bits(refine(model, start(), "heun", SHORT, context)) == whole == other[1]
+    context.store.remove()
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_ctrl_c_saves(share, whole, tmp_path):
-    checkpoint = tmp_path / "state"
-    with pytest.raises(Stopped) as caught:
-        refine(disturbed(happens=int(share * whole[2])), start(), "heun", SHORT, checkpoint=checkpoint)
-    assert ("--resume" in str(caught.value)) == checkpoint.exists() == (share > 0.4)  # before, there was nothing
-    assert bits(refine(mixture(), start(), "heun", SHORT, checkpoint=checkpoint, resume=True)) == whole
+def test_ctrl_c_says_what_is_kept(share, whole, tmp_path):
+    model = disturbed("signal", int(share * whole[2]))
+    stage = "exact paths" if share < 0.4 else "refining"
+    with pytest.raises(Stopped, match=f"stopped during {stage}; what was finished is in .*, run the same command "):
+        refine(model, start(), "heun", SHORT, kept(tmp_path))
+    again = disturbed()
+    assert bits(refine(again, start(), "heun", SHORT, kept(tmp_path))) == whole
+    assert model.evaluations + again.evaluations - whole[2] <= BATCH + 6 * nfe("heun", 5)
+    with pytest.raises(Stopped, match=f"stopped during {stage}$"):
+        refine(disturbed("signal", int(share * whole[2])), start(), "heun", SHORT, pairs())
 
 
 def test_nan_is_told_and_what_was_done_is_kept(whole, tmp_path):
-    checkpoint = tmp_path / "state"
-    with pytest.raises(NonFiniteOutput, match=r"NaN or infinity at sigma = .*; what was finished is in .*--resume"):
-        refine(disturbed(bad=int(0.7 * whole[2])), start(), "heun", SHORT, checkpoint=checkpoint)
-    assert bits(refine(mixture(), start(), "heun", SHORT, checkpoint=checkpoint, resume=True)) == whole
+    model = disturbed("nan", int(0.7 * whole[2]))
+    with pytest.raises(NonFiniteOutput, match=r"NaN or infinity at sigma = "):
+        refine(model, start(), "heun", SHORT, kept(tmp_path))
+    again = disturbed()
+    assert bits(refine(again, start(), "heun", SHORT, kept(tmp_path))) == whole and again.evaluations < whole[2] / 2
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
-    checkpoint = tmp_path / "state"
-    refine(mixture(), start(), "heun", SHORT, "this", checkpoint)
-    for what in (dict(solver="euler"), dict(config=replace(SHORT, seed=2)), dict(grid=start(4)), dict(identity="that")):
-        arguments = {"grid": start(), "solver": "heun", "config": SHORT, "identity": "this", **what}
-        with pytest.raises(CheckpointMismatch, match="use the same settings"):
-            refine(mixture(), checkpoint=checkpoint, resume=True, **arguments)
-    checkpoint.write_bytes(b"no")
-    with pytest.raises(CheckpointMismatch, match="is not a refinement's checkpoint"):
-        refine(mixture(), start(), "heun", SHORT, checkpoint=checkpoint, resume=True)
+def test_seconds_are_those_of_the_whole_work(tmp_path):
+    """Of what was found, too; sums of what the entries say."""
+    first = refine(mixture(), start(), "heun", SHORT, kept(tmp_path))
+    again = refine(mixture(), start(), "heun", SHORT, kept(tmp_path))
+    said = [float(np.load(path)["seconds"]) for path in tmp_path.glob("*.npz")]
+    assert again.seconds == pytest.approx(sum(said), rel=1e-9) and first.seconds == pytest.approx(sum(said), rel=1e-9)
+
+
+def test_an_unnamed_denoiser_finds_nothing_in_a_folder(whole, tmp_path):
+    """Nothing tells it from another one."""
+    for identity, files in (("", 0), ("it", 10)):
+        context = pairs(store=Store(tmp_path), identity=identity)
+        assert bits(refine(mixture(), start(), "heun", SHORT, context)) == whole
+        assert len(os.listdir(tmp_path)) >= files and (files > 0 or not os.listdir(tmp_path))
+
+
+def test_other_settings_are_named(tmp_path, capsys):
+    """With `resume` an error; without it a line, and the work begins anew."""
+    go = lambda solver="heun", config=SHORT, **more: refine_grids(
+        mixture(), {3: start(3)}, solver, config, kept(tmp_path, quiet=False, **more), own_clock=False)
+    go()
+    assert capsys.readouterr().err == ""
+    go(resume=True)  # the twin: the same settings
+    with pytest.raises(CheckpointMismatch, match="holds a refinement with solver=heun, this run has solver=euler; use"):
+        go("euler", resume=True)
+    with pytest.raises(CheckpointMismatch, match="with seed=0, this run has seed=2"):
+        go(config=replace(SHORT, seed=2), resume=True)
+    go("euler")
+    assert "with solver=heun, this run has solver=euler; starting at the beginning" in capsys.readouterr().err
+    go("euler", resume=True)
 
 
 class Discrete(MixtureDenoiser):
@@ -172,10 +246,21 @@ def test_one_step_has_nothing_to_refine():
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_processes_change_nothing(size):
-    config = replace(SHORT, noises=8, held=5, iterations=3, more=3)
-    alone = bits(refine(Rounded(), start(4), "heun", config))
-    store, barrier, box = HashStore(), threading.Barrier(size), [None] * size
-    work = lambda rank: refine(Rounded(), start(4), "heun", config, world=Threads(rank, size, store, barrier, box))
-    with ThreadPoolExecutor(size) as pool:
-        assert [bits(result) for result in pool.map(work, range(size))] == [alone] * size
+def test_processes_change_nothing_and_any_number_goes_on(size, tmp_path):
+    """Each writes entries of its own; one process goes on with what all had."""
+    config = replace(SHORT, noises=8, validation=5, iterations=3, cheap_iterations=3)
+    alone = bits(refine(Rounded(), start(4), "heun", config, pairs()))
+
+    def work(world, made=Rounded):
+        model = made()
+        return bits(refine(model, start(4), "heun", config, kept(tmp_path, world=world))), model.evaluations
+
+    first = together(size, work)
+    assert [each for each, _ in first] == [alone] * size and sum(count for _, count in first) == alone[2]
+    assert together(size, work) == [(alone, 0)] * size
+    model = Rounded()
+    assert bits(refine(model, start(4), "heun", config, kept(tmp_path))) == alone and model.evaluations == 0
+    for path in sorted(tmp_path.glob("*.npz"))[::2]:
+        path.unlink()
+    assert bits(refine(model, start(4), "heun", config, kept(tmp_path))) == alone
+    assert 0 < model.evaluations < 0.8 * alone[2]

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import torch
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import torch
+from torch.distributed import HashStore
+
+from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import Grid, edm_unpinned
 from art_edm.models.analytic import EmpiricalDenoiser, MixtureDenoiser
 from art_edm.models.denoiser import Denoiser
-from art_edm.refining.refine import RefineConfig
+from art_edm.refining.config import RefineConfig
+from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import World
 
-SHORT = RefineConfig(noises=6, held=4, batch=2, fine=20, iterations=5, more=5)
+SHORT = RefineConfig(noises=6, validation=4, fine_steps=20, iterations=5, cheap_iterations=5)
+TOP = 80.0
+CLOCK = GaussianClock(TOP, 0.5)
+
+
+def pairs(**more) -> Context:
+    """Work in batches of two noises."""
+    return Context(**{"batch": 2, **more})
 
 
 def mixture() -> MixtureDenoiser:
@@ -25,6 +39,15 @@ def clusters() -> EmpiricalDenoiser:
     generator = torch.Generator().manual_seed(1)
     centres, near = (torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64) for n in (10, 40))
     return EmpiricalDenoiser((centres.repeat(4, 1, 1, 1) + 0.4 * near).clamp(-1, 1))
+
+
+def art(num_steps: int, beta: float = 0.0) -> Grid:
+    """ART's grid for Gaussian data; its density times (1 + (sigma / 0.5)^2)^(-beta / 4) for others."""
+    tau = np.linspace(0, 1, 8193)
+    rho = np.hypot(1, CLOCK.sigma(tau) / 0.5) ** (-beta / 2)
+    passed = np.concatenate([[0.0], np.cumsum((rho[1:] + rho[:-1]) / 2)])
+    inner = np.interp(np.arange(1, num_steps) / num_steps, passed / passed[-1], tau)
+    return Grid(np.concatenate([[TOP], CLOCK.sigma(inner), [0.0]]))
 
 
 def start(num_steps: int = 5) -> Grid:
@@ -45,6 +68,20 @@ class Threads(World):
         total = sum(self.box[rank] for rank in range(self.size))
         self.barrier.wait(60)
         return total
+
+    def share(self, value):
+        self.box[self.rank] = value
+        self.barrier.wait(60)
+        first = self.box[0]
+        self.barrier.wait(60)
+        return first
+
+
+def together(size, work):
+    """What `work(world)` gives on each of `size` processes that are played by threads."""
+    store, barrier, box = HashStore(), threading.Barrier(size), [None] * size
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: work(Threads(rank, size, store, barrier, box)), range(size)))
 
 
 class Rounded(Denoiser):

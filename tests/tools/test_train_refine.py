@@ -14,10 +14,8 @@ import torch
 
 from art_edm.grids.grid import load_grid
 from art_edm.measure import local_errors
+from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.loading import load_network
-from art_edm.refining import noise_sets as exact_ends
-from art_edm.refining import refine
-from art_edm.refining import solver_jacobian as sensitivity
 from art_edm.sampling.solvers import sample
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_schedule.py"
@@ -99,7 +97,7 @@ def test_what_was_learned_survives_a_stop_in_the_other_clock(run):
 def test_several_share_their_noises_and_say_what_was_gained(run):
     result = run(*DIRECT[:-1], "--steps=3,4", "--out=g{steps}.npy", "--refine")
     assert result.exit_code == 0, result.stderr
-    assert result.output.count("end-point error of heun on noises held out: ") == 2
+    assert result.output.count("end-point error of heun on validation noises: ") == 2
     one = run(*DIRECT, "--steps=4", "--out=alone.npy", "--refine")
     assert one.exit_code == 0 and Path("alone.npy").read_bytes() == Path("g4.npy").read_bytes()
     evaluations = [json.loads(Path(name).read_text())["evaluations_by_stage"]["refine"] for name in
@@ -140,63 +138,83 @@ def test_an_unknown_solver_is_refused_before_any_work(run):
     assert os.listdir() == []
 
 
-def test_more_steps_may_be_asked_for_when_going_on(run, monkeypatch):
-    """Exact ends that one K drew for itself serve both, and count once; stopped while they are drawn, few are lost."""
-    options = ("--network=gaussian:0.5", "--method=direct", "--refine", "--solver=euler", "--quiet")
-    assert run(*options, "--steps=3,4", "--out=whole{steps}.npy").exit_code == 0
-    original, calls = sensitivity.Travel.piece, []
-    kept = lambda: torch.load("g3.unfinished/ends", weights_only=True)
+REFINED = ("--network=gaussian:0.5", "--method=direct", "--refine", "--solver=euler", "--quiet")
 
-    def late(self, *args):
-        calls.append(self.pieces.identity)
-        if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(sensitivity.Travel, "piece", late)
-        assert run(*options, "--steps=3", "--out=g{steps}.npy").exit_code == 1
-    before = kept()
-    assert len(set(calls)) == 1 and load_network("gaussian:0.5").identity in calls[0] and len(calls) == 6
-    assert len(before) == 5
-    with stopped_in(refine._Refinement, "_iterate", signal.SIGTERM):
-        assert run(*options, "--steps=3", "--out=g{steps}.npy", "--resume").exit_code == 1
-    assert len(kept()) == 8 and before.keys() < kept().keys()
-    seconds = sum(piece[2] for piece in kept().values())
-    assert run(*options, "--steps=3,4", "--out=g{steps}.npy", "--resume").exit_code == 0
+class Killed(Exception):
+    """As kill -9: nothing is written when it comes."""
+
+
+def ended_at(count: int, what: str):
+    """In this context the network's evaluation number `count` kills the process, or asks it to stop."""
+    original = GaussianDenoiser.denoise
+
+    def denoise(self, x, sigma, labels):
+        if self.evaluations + len(x) > count and what:
+            if what == "kill":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, x, sigma, labels)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(GaussianDenoiser, "denoise", denoise)
+    return patch
+
+
+def stages_of(path: str) -> dict:
+    return json.loads(Path(path).read_text())["evaluations_by_stage"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("what", ["kill", "stop"])
+def test_ended_anywhere_the_same_command_continues(run, share, what):
+    """Two K that share their noises: the same bytes and costs, and no folder is left."""
+    assert run(*REFINED, "--steps=3,4", "--out=whole{steps}.npy").exit_code == 0
+    whole = stages_of("whole3.json")
+    profile, rest = whole["profile"], whole["ends"] + whole["refine"] + whole["start"]
+    patch = ended_at(int(profile + share * rest), what)
+    result = run(*REFINED, "--steps=3,4", "--out=g{steps}.npy")
+    patch.undo()
+    assert isinstance(result.exception, Killed) == (what == "kill") and result.exit_code == 1
+    if what == "stop" and share > 0.2:
+        assert "g3.unfinished, run the same command again to continue" in str(result.exception)
+    assert not Path("g3.npy").exists()
+    for option in ([], ["--resume"]):
+        assert run(*REFINED, "--steps=3,4", "--out=g{steps}.npy", *option).exit_code == 0
+        for k in (3, 4):
+            assert Path(f"g{k}.npy").read_bytes() == Path(f"whole{k}.npy").read_bytes()
+            assert stages_of(f"g{k}.json") == stages_of(f"whole{k}.json")
+    assert not [name for name in os.listdir() if "unfinished" in name or "ckpt" in name or "unfinished" in name]
+
+
+@pytest.mark.slow
+def test_more_steps_may_be_asked_for_when_going_on(run):
+    """Exact ends serve all K: what one K had found is not solved again, and counts once."""
+    assert run(*REFINED, "--steps=3,4", "--out=whole{steps}.npy").exit_code == 0
+    whole = stages_of("whole3.json")
+    patch = ended_at(whole["profile"] + whole["start"] + whole["ends"] + 500, "kill")
+    assert isinstance(run(*REFINED, "--steps=3", "--out=g{steps}.npy").exception, Killed)
+    patch.undo()
+    solved = sum(float(np.load(path)["seconds"]) for path in Path("g3.unfinished").glob("*.npz")
+                 if '"ends"' in str(np.load(path)["what"]))
+    assert run(*REFINED, "--steps=3,4", "--out=g{steps}.npy").exit_code == 0
     for k in (3, 4):
         assert Path(f"g{k}.npy").read_bytes() == Path(f"whole{k}.npy").read_bytes()
-        records = [json.loads(Path(f"{stem}{k}.json").read_text()) for stem in ("g", "whole")]
-        assert records[0]["evaluations_by_stage"] == records[1]["evaluations_by_stage"]
-        assert records[0]["seconds_by_stage"]["ends"] > seconds > 0  # though all of them were found
+        assert stages_of(f"g{k}.json") == stages_of(f"whole{k}.json")
+        assert json.loads(Path(f"g{k}.json").read_text())["seconds_by_stage"]["ends"] == pytest.approx(solved)
 
 
-def test_ends_that_several_share_are_solved_once_whatever_stops_the_refinement(run, monkeypatch):
-    """Stopped in it, a run that goes on solves none again."""
-    options = ("--network=gaussian:0.5", "--method=direct", "--steps=3,4", "--refine", "--solver=euler", "--quiet")
-    original, solved = exact_ends.solve_ends, []
-
-    def counted(denoiser, *args):
-        before = denoiser.evaluations
-        result = original(denoiser, *args)
-        solved.append(denoiser.evaluations - before)
-        return result
-
-    monkeypatch.setattr(exact_ends, "solve_ends", counted)
-    assert run(*options, "--out=whole{steps}.npy").exit_code == 0
-    path = 157  # evaluations: 40 steps of RK4, the last of them Euler's
-    assert solved == [128 * path]
-    with stopped_in(refine._Refinement, "_iterate", signal.SIGTERM):
-        result = run(*options, "--out=g{steps}.npy")
-    assert result.exit_code == 1
-    assert {"ends", "3.refine"} <= set(os.listdir("g3.unfinished"))
-    assert run(*options, "--out=g{steps}.npy", "--resume").exit_code == 0
-    assert solved[-1:] == [0]
-    for name in ("3", "4"):
-        assert Path(f"g{name}.npy").read_bytes() == Path(f"whole{name}.npy").read_bytes()
-        records = [json.loads(Path(f"{stem}{name}.json").read_text()) for stem in ("g", "whole")]
-        assert records[0]["evaluations_by_stage"] == records[1]["evaluations_by_stage"]
-    assert sorted({Path(name).suffix for name in os.listdir()}) == [".json", ".npy"]
+@pytest.mark.slow
+def test_another_solver_is_named(run):
+    patch = ended_at(21_000, "kill")
+    assert isinstance(run(*REFINED, "--steps=3", "--out=g.npy").exception, Killed)
+    patch.undo()
+    options = ("--network=gaussian:0.5", "--method=direct", "--refine", "--solver=heun", "--steps=3", "--out=g.npy")
+    result = run(*options, "--resume")
+    assert result.exit_code != 0 and "solver=euler, this run has solver=heun" in f"{result.stderr}{result.exception}"
+    result = run(*options)
+    assert result.exit_code == 0 and "solver=euler, this run has solver=heun; starting" in result.stderr
 
 
 def test_the_objective_of_the_reverse_sde_moves_the_levels_down(run):
