@@ -26,9 +26,9 @@ from art_edm.measure.objectives import Objective, measure_objective
 from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import load_network
+from art_edm.refining.config import RefineConfig
 from art_edm.refining.levenberg_marquardt import parameters_of
-from art_edm.refining.refine import RefineConfig, refine
-from art_edm.refining.refine_all import starts
+from art_edm.refining.refine import own_start, refine
 from art_edm.runtime.files import write_json
 from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import SOLVERS, integrate, sample, slope_of
@@ -128,7 +128,7 @@ def searched(denoiser: Denoiser, solver: str, k: int, iterations: int, batch: in
 def refined(denoiser: Denoiser, solver: str, k: int, config: RefineConfig) -> Dict[str, np.ndarray]:
     """The refined grid; what the other clock to start from costs is not counted."""
     own = measure_objective(denoiser, Objective(solver))
-    result = refine(denoiser, start_of(denoiser, k), solver, config, others=starts(denoiser, own, k))
+    result = refine(denoiser, start_of(denoiser, k), solver, config, starts=own_start(denoiser, own, k))
     cost = {"evaluations": result.evaluations, "seconds": result.seconds, "iterations": len(result.history) - 1}
     return {**arrays(cost), **judged(denoiser, solver, refined=result.grid)}
 

@@ -1,10 +1,10 @@
-"""Where each solver ends on which grid: EDM's rule, ART's clock, its own clock, the end-point objective, refined.
+"""Where each solver ends on which grid: EDM's rule, ART's clock, its own clock, refined.
 
 The clocks are optimal ones (`--method=direct`); errors are RMS distances from exact end points over noises apart
 from those that choose. Entries are kept in --cache, so that a long table can be made in pieces.
 Run by hand:
     python -m tests.benchmarks.solver_clocks mnist gaussian:0.5 oned --cache=cells --out=solver_clocks.json
-    python -m tests.benchmarks.solver_clocks empirical-mnist --mnist=DIR --rules=edm,art,endpoint --cache=cells
+    python -m tests.benchmarks.solver_clocks empirical-mnist --mnist=DIR --rules=edm,art,refined --cache=cells
 """
 
 from __future__ import annotations
@@ -22,23 +22,20 @@ from art_edm.measure.field import rms
 from art_edm.measure.objectives import Objective, measure_objective
 from art_edm.measure.profile import Profile
 from art_edm.models.loading import Network, load_network
-from art_edm.refining.config import Drawn
-from art_edm.refining.endpoint_objective import CHOOSE, confirm, draw_apart
-from art_edm.refining.error_growth import Growth, choose_growth, measure_growth, optimum_of
-from art_edm.refining.noise_sets import draw_noises
-from art_edm.refining.refine import RefineConfig, refine
-from art_edm.refining.refine_all import starts
+from art_edm.refining.config import RefineConfig
+from art_edm.refining.noise_sets import NoiseSets, draw_noises
+from art_edm.refining.refine import own_start, refine
 from art_edm.runtime.cli import command_line
 from art_edm.runtime.files import write_json
 from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import fitted, nfe, sample
 
 STEPS = (3, 5, 7, 10, 18)
-RULES = ("edm", "art", "own", "endpoint", "refined")
+RULES = ("edm", "art", "own", "refined")
 FINE = 60  # steps of RK4 on EDM's rule, whose last step is short: the judges' exact paths
 SEED = 1000  # of the judges' noises
 CONFIG = RefineConfig()
-METHODS = {"endpoint": 5, "refined": 8}  # one more whenever a rule's grids change
+METHODS = {"refined": 8}  # one more whenever a rule's grids change
 
 
 class Bench:
@@ -48,9 +45,7 @@ class Bench:
         self.seed = seed
         self.network, self.denoiser, self.noises, self.store = network, network.denoiser, noises, store
         self.profiles: Dict[Optional[str], Profile] = {}
-        self.drawn: Dict[RefineConfig, Drawn] = {}
-        self.apart: Optional[Drawn] = None
-        self.growths: Dict[str, Growth] = {}
+        self.drawn: Optional[NoiseSets] = None
         generator = torch.Generator().manual_seed(seed)
         self.latents = torch.randn((noises, *self.denoiser.img_shape), generator=generator, dtype=torch.float64)
         what = {**self._what(), "kind": "judges", "fine": FINE}
@@ -62,7 +57,7 @@ class Bench:
         self.ends = torch.from_numpy(known["ends"])
 
     def _what(self) -> Dict[str, Any]:
-        return {"network": self.network.identity, "noises": self.noises, "seed": self.seed, "version": 2}
+        return {"network": self.network.identity, "noises": self.noises, "seed": self.seed, "version": 3}
 
     def profile(self, solver: Optional[str] = None) -> Profile:
         """Of |Q|, or of a solver's local errors."""
@@ -79,12 +74,6 @@ class Bench:
         """The optimum of a profile."""
         return fitted(self.denoiser, self.profile(solver).direct(steps))
 
-    def drawn_of(self, config: RefineConfig) -> Drawn:
-        """The noises of the rules that sample."""
-        if config not in self.drawn:
-            self.drawn[config] = draw_noises(self.denoiser, config, self.denoiser.sigma_max)
-        return self.drawn[config]
-
     def grid(self, rule: str, solver: str, steps: int) -> Tuple[Grid, Dict[str, float]]:
         """The grid, and what it cost beyond the profile."""
         denoiser = self.denoiser
@@ -93,19 +82,9 @@ class Bench:
         if rule in ("art", "own"):
             return self.plain(steps, solver if rule == "own" else None), {}
         plain = self.plain(steps)
-        if rule == "endpoint":
-            clock, drawn = optimum_of(self.profile()), self.drawn_of(CHOOSE)
-            if solver not in self.growths:
-                self.growths[solver] = measure_growth(denoiser, clock, solver, drawn, CHOOSE.batch)
-            growth = self.growths[solver]
-            found = choose_growth(denoiser, clock, plain, solver, drawn, CHOOSE.batch, growth=growth)
-            if found.beta != 0:
-                self.apart = self.apart or draw_apart(denoiser, CHOOSE, denoiser.sigma_max)
-                found = confirm(denoiser, found, plain, self.apart, CHOOSE.batch)
-            beta = float("nan") if found.beta is None else found.beta
-            return found.grid, {"beta": beta, "evaluations": found.evaluations, "growth": growth.evaluations}
-        others = starts(denoiser, self.profile(solver), steps)
-        refined = refine(denoiser, plain, solver, CONFIG, noises=self.drawn_of(CONFIG), others=others)
+        self.drawn = self.drawn or draw_noises(denoiser, CONFIG, denoiser.sigma_max)
+        others = own_start(denoiser, self.profile(solver), steps)
+        refined = refine(denoiser, plain, solver, CONFIG, noises=self.drawn, starts=others)
         return refined.grid, {
             "evaluations": refined.evaluations, "share": refined.share, "other": refined.start in others}
 
@@ -123,11 +102,7 @@ class Bench:
         errors = known["errors"]
         total = float(np.sqrt(np.square(errors).mean()))
         stderr = float(np.square(errors).std(ddof=1) / len(errors) ** 0.5 / (2 * total)) if total else 0.0
-        further = ("beta", "evaluations", "growth", "share", "other")
-        more = {name: float(known[name]) for name in further if name in known}
-        if more.get("beta", 0) != more.get("beta", 0):
-            more["beta"] = None  # measured
-
+        more = {name: float(known[name]) for name in ("evaluations", "share", "other") if name in known}
         return {"rms": total, "stderr": stderr, "mean": float(errors.mean()), "median": float(np.median(errors)),
                 "levels": known["levels"].tolist(), **more}
 
