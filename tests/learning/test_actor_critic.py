@@ -228,3 +228,13 @@ def test_overshoot_raises_the_multiplier_and_that_slows_the_policy():
 
     assert settle(0.3) == pytest.approx(-2.0, abs=0.01)
     assert abs(settle(-0.3) + 2.0) > 5  # the wrong sign runs away
+
+
+def test_no_factor_of_the_baseline_survives_the_scaling():
+    """R/(R - 1) is too much for antithetic rollouts; training divides by the standard deviation, which has it, too."""
+    advantage, repeats = draw(N, 8, seed=3), 4
+    found = centre(advantage, repeats)
+    bare = found * (repeats - 1) / repeats
+    scaled = lambda x: x / (x.std() + 1e-12)
+    torch.testing.assert_close(scaled(found), scaled(bare), rtol=1e-12, atol=0)
+    assert not torch.allclose(found, bare)
