@@ -23,7 +23,7 @@ setup(
     package_data={"art_edm": ["weights/*"], "art_edm.third_party": ["upstream.json"], "art_edm.patches": ["*.patch"],
                   "art_edm.tools.paper": ["paper.json"]},
     entry_points={"console_scripts": ["art-edm = art_edm.__main__:main"]},
-    # torch before 2.3 needs numpy<2, which pip cannot be told: the tools check the pair.
+    # torch before 2.3 needs numpy<2, which pip has no way to know: the tools check the pair.
     install_requires=["torch>=2.0", "numpy", "click", "pillow", "scipy", "requests"],
     extras_require={
         "plot": ["matplotlib"],

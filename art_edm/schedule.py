@@ -102,7 +102,7 @@ def learn_schedule(
     Args:
         network: a `Denoiser`; or a name, path or address as `load_network` takes them. "package.module:factory" calls
             factory(), which returns a `Denoiser`: this runs that module's code. Unfinished work is kept beside `out`,
-            and found again by the same call, but for a `Denoiser`, whose own code cannot be told from another's.
+            and found again by the same call, but for a `Denoiser`, since two of them cannot be distinguished.
         steps: numbers of steps K, from 1; none twice.
         out: where to write F.npy and F.json; {steps} becomes K, {network} the network's name with its class and
             guidance. None writes nothing.

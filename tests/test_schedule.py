@@ -172,7 +172,7 @@ def test_a_grid_of_other_settings_is_not_overwritten(tmp_path):
     assert load_grid(out) == first and sorted(os.listdir(tmp_path)) == ["g.json", "g.npy"]
     forced = learn_schedule(model, (4,), ScheduleOptions(method="direct", trajectories=6, force=True), out)[4].grid
     assert load_grid(out) == forced != first
-    (tmp_path / "g.json").unlink()  # what it is cannot be told
+    (tmp_path / "g.json").unlink()  # what it is cannot be known
     with pytest.raises(ValueError, match="other settings"):
         learn_schedule(model, (4,), other, out)
 

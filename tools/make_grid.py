@@ -212,11 +212,11 @@ def import_command(source: str, end: Optional[str], out: Path) -> None:
     last = float(levels[-1])
     if end and not last:
         click.echo(f"note: the list ends at 0 already; --end={end} changes nothing", err=True)
-    told = end if last else None
+    chosen = end if last else None
     origin = {"source": file.name, "source_sha256": sha256_of(file)} if file else {"source": source[:1000]}
-    save(out, grid, {"rule": "import", "num_steps": grid.num_steps, "end": told, "last_level": last, **origin})
-    if told:
-        how = ("0 follows {}: one step more than the list has" if told == "append" else
+    save(out, grid, {"rule": "import", "num_steps": grid.num_steps, "end": chosen, "last_level": last, **origin})
+    if chosen:
+        how = ("0 follows {}: one step more than the list has" if chosen == "append" else
                "0 takes the place of {}: as many steps as the list has")
         click.echo(how.format(f"{last:.6g}"))
     click.echo(f"evaluations per image: {evaluations(grid.num_steps)}")

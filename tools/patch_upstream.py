@@ -139,7 +139,7 @@ def change(script: Script, revert: bool) -> str:
 
 
 def find_place(place: str, source: str) -> Optional[int]:
-    """The line of `source` after which an insertion belongs, None if it cannot be told."""
+    """The line of `source` after which an insertion belongs, None if it cannot be found."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):

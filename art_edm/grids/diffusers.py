@@ -65,7 +65,7 @@ def use_grid(scheduler: Any, grid: Grid) -> Any:
 
 
 def _continuous(scheduler: Any, kind: str) -> bool:
-    """Whether the network is told log(sigma) / 4 and so has no table of levels; other schedulers ignore the option."""
+    """Whether the network takes log(sigma) / 4, and so has no table of levels; other schedulers ignore the option."""
     config = scheduler.config
     return (kind, config.get("timestep_type"), config.get("prediction_type")) == (
         "EulerDiscreteScheduler", "continuous", "v_prediction")

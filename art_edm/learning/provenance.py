@@ -79,9 +79,9 @@ def table(record: Dict[str, Any]) -> List[str]:
         clock = "-" if shown == "this grid" else _number(clocks[name])
         lines.append(f"{shown:<14}{clock:>10}{_number(value):>12}")
     price, error = record["price_of_distillation"], record["terminal_error"]
-    told = [f"price of distillation {price:.4f}"] if price is not None else []
-    told += [f"terminal error {error:+.4f}"] if error is not None else []
-    return [*lines, ", ".join(told)] if told else lines
+    notes = [f"price of distillation {price:.4f}"] if price is not None else []
+    notes += [f"terminal error {error:+.4f}"] if error is not None else []
+    return [*lines, ", ".join(notes)] if notes else lines
 
 
 def _number(value: float) -> str:

@@ -84,7 +84,7 @@ class CachedEnvironment(Environment):
 
 
 class LiveEnvironment(Environment):
-    """The denoiser evaluated along each rollout: three evaluations per point that is looked at.
+    """The denoiser evaluated along each rollout: three evaluations per point.
 
     Several processes have the paths `mine`, by noise; each sees q of all, so that all do the same with it.
     """
@@ -127,7 +127,7 @@ class LiveEnvironment(Environment):
         try:
             if len(self.mine):
                 norms[self.mine] = self._look().norm.cpu().double()
-        except NonFiniteOutput as error:  # told to all in the sum, so that none waits
+        except NonFiniteOutput as error:  # known to all by the sum, so that none waits
             norms[self.mine], failed = float("nan"), error
         norms = self.world.sum(norms.to(self.world.device)).cpu()
         if norms.isnan().any():

@@ -232,7 +232,7 @@ class _Run:
         recipe, profile, unit = self.recipe, self.profile, _unit(self.config, self.profile)
         if not self.live:
             if recipe.policy_inputs == "time" and len(profile.norm) > self.config.trajectories:
-                profile = profile.averaged()  # to such a policy, who of many jumps when is noise alone
+                profile = profile.averaged()  # to such a policy, which path jumps when is noise alone
             return CachedEnvironment(profile, self._clock(), unit)
         return LiveEnvironment(self.denoiser, self._clock(), unit, recipe.euler, self.context.world)
 

@@ -69,7 +69,7 @@ class World:
         return box[0]
 
     def lost(self) -> Set[int]:
-        """The processes that have ended without a word, as far as this one can know."""
+        """The processes that have ended without notice, as far as this one can know."""
         return self._lines.gone() if self._lines else set()
 
     @contextmanager

@@ -29,8 +29,8 @@ def generate(
     Args:
         num: number of images, of the indices `first` to `first + num - 1`.
         batch: images per evaluation.
-        progress: told the number of steps done, summed over images.
-        stop: looked at after every step.
+        progress: counts the steps done, summed over images.
+        stop: asked after every step.
     Returns:
         Images, float32 [num, C, H, W] on the CPU; not clipped.
     Raises:

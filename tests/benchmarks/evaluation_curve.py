@@ -32,7 +32,7 @@ from art_edm.runtime.files import write_json
 
 POINTS, TRAJECTORIES = (22, 43, 85, 128), (2, 4, 8, 16, 24, 48)
 THREE = (8, 16, 28)  # points of the profiles with three evaluations each
-IMAGES = 2000  # of the data sets known by heart
+IMAGES = 2000  # of the memorised data sets
 
 
 def field(name: str, mnist: Optional[Path], cifar10: Optional[Path]) -> Denoiser:

@@ -39,7 +39,7 @@ def edm_path(scheduler, denoiser, prediction=1.0):
     """A loop over the scheduler's steps with a network in EDM's formulation that knows the denoiser, [4, 1, 2, 2]."""
     x, data = (LATENTS * float(scheduler.sigmas[0])).to(torch.float32), scheduler.config.sigma_data
     for t in scheduler.timesteps:
-        sigma = torch.exp(4 * t.to(torch.float64))  # all that the network is told
+        sigma = torch.exp(4 * t.to(torch.float64))  # all that the network is given
         noisy = scheduler.scale_model_input(x, t).to(torch.float64) * (sigma**2 + data**2).sqrt()
         skip, out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2).sqrt()
         output = (denoiser(noisy, sigma) - skip * noisy) / out * prediction

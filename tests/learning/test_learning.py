@@ -62,7 +62,7 @@ def test_learns_in_live_rollouts():
 
 
 def test_paper_preset_runs():
-    """18 points that are looked at on each path, three evaluations at each."""
+    """18 points on each path, three evaluations at each."""
     model = one_dimensional()
     result = train(model, PRESETS["paper"].changed(iterations=5, trajectories=4, points=8))
     assert result.evaluations["rl"] == 5 * 18 * 3

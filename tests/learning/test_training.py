@@ -226,7 +226,7 @@ def test_unfinished_work_of_other_settings_is_left_aside(whole, tmp_path, capsys
 
 
 def test_a_context_without_identity_finds_nothing(tmp_path):
-    """Two networks cannot be told apart: what one left is not taken for the other's, on disk or in memory."""
+    """Two networks cannot be distinguished: what one left is not taken for the other's, on disk or in memory."""
     for store in (Store(tmp_path), Store()):
         here = Context(store=store)
         first = train(gaussian(), SHORT, here)

@@ -136,7 +136,7 @@ def test_one_image_that_does_not_fit_is_an_error_in_one_line():
     with pytest.raises(NoMemory, match=r"^found [\d.]+ GB free on cpu, expected room for one image \(.*allocate.*\); "
                                        "stop what else runs there, or choose another --device$"):
         batch_for(Greedy(fits=0))
-    assert issubclass(NoMemory, Stopped)  # told to other processes, and shown without a traceback
+    assert issubclass(NoMemory, Stopped)  # known to other processes, and shown without a traceback
 
 
 def test_a_network_that_fails_otherwise_is_not_asked_again():

@@ -1,4 +1,4 @@
-"""The main command as a process that says where it has got to, and dies when it is told to.
+"""The main command as a process that says where it has got to, and dies on request.
 
 Symbols
 -------

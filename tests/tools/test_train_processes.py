@@ -90,9 +90,9 @@ with world("cpu") as here:
     config = TrainConfig(method="direct", trajectories=60, points=40)
     result = train(MixtureDenoiser([1 / 12] * 12, images, 0.01), config, Context(here))
     profile = result.profile
-    told = [hashlib.sha256(profile.direct(18).values.tobytes()).hexdigest(), *profile.norm.shape, profile.evaluations]
+    line = [hashlib.sha256(profile.direct(18).values.tobytes()).hexdigest(), *profile.norm.shape, profile.evaluations]
     with open(f"{here.size}-{here.rank}.txt", "w") as file:
-        print(*told, file=file)
+        print(*line, file=file)
 """
 
 

@@ -72,7 +72,7 @@ def test_noise_free_errors_are_the_papers_but_for_its_sampling(lab):
         gaps = np.subtract(printed["rows"][name], found)
         assert (gaps > 0).all() and (gaps < 0.005).all(), (name, gaps)
     pinned = [noise_free(edm(k, 1e-4, 3.0)) for k in printed["steps"][1:]]
-    assert np.abs(np.subtract(printed["rows"]["edm"][1:], pinned)).max() > 0.02  # another rule is told apart
+    assert np.abs(np.subtract(printed["rows"]["edm"][1:], pinned)).max() > 0.02  # another rule is distinguished
 
 
 def test_quantile_means_are_integrals():

@@ -1,4 +1,4 @@
-"""Exact fields of real images: the denoiser that knows a data set by heart.
+"""Exact fields of real images: the exact denoiser of a memorised data set.
 
     CIFAR-10    JPEGs train/CLASS/NNNN.jpg, in a folder or a .tar.xz; the first of each class
     MNIST       the first of the training images
