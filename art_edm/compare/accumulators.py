@@ -5,26 +5,21 @@ Symbols
 span       (a, b), the images of the indices a, ..., b - 1
 covered    the spans that a tally has seen, ascending and apart
 content    named arrays: of a tally, all that continues it to the same bytes; of a finished one, its result
-kept       features of at most KEEP dimensions stay as they are, [num, d]; of others the moments are enough
 """
 
 from __future__ import annotations
 
-import math
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
-from art_edm.metrics.detectors import Detector
-from art_edm.metrics.feature_stats import RunningMoments, RunningScore, check_finite
-from art_edm.metrics.frechet import moments
+from art_edm.metrics.panel import Accumulators
 from art_edm.sampling.generate import to_pixels
 
-__all__ = ["KEEP", "EndPoints", "FeatureTally", "Tally", "missing", "moments_of", "score_of"]
+__all__ = ["Decode", "EndPoints", "MetricTally", "Tally", "as_pixels", "missing"]
 
-KEEP = 256  # 10,000 images: 10 MB
-
+Decode = Callable[[torch.Tensor], torch.Tensor]
 Content = Dict[str, np.ndarray]
 Span = Tuple[int, int]
 
@@ -95,123 +90,57 @@ class Tally:
         raise NotImplementedError
 
 
-class _Rows:
-    """A row [d] for each image, at its place."""
-
-    def __init__(self, first: int, num: int, dim: int, dtype: type) -> None:
-        self.first, self.values = first, np.zeros((num, dim), dtype)
-
-    def put(self, spans: Sequence[Span], rows: np.ndarray) -> None:
-        """Set the rows of spans, given one after the other."""
-        for a, b in spans:
-            self.values[a - self.first : b - self.first], rows = rows[: b - a], rows[b - a :]
-
-    def get(self, spans: Sequence[Span]) -> np.ndarray:
-        """The rows of spans, one after the other."""
-        parts = [self.values[a - self.first : b - self.first] for a, b in spans]
-        return np.concatenate([self.values[:0], *parts])
-
-
 class EndPoints(Tally):
     """The images themselves, float64 [num, C H W]; finished: `points`."""
 
     def __init__(self, first: int, num: int, size: int) -> None:
         super().__init__(first, num)
-        self._rows = _Rows(first, num, size, np.float64)
+        self._points = np.zeros((num, size))
 
     def content(self) -> Content:
-        return {**super().content(), "rows": self._rows.get(self.covered)}
+        parts = [self._points[a - self.first : b - self.first] for a, b in self.covered]
+        return {**super().content(), "rows": np.concatenate([self._points[:0], *parts])}
 
     def _add(self, indices: range, images: torch.Tensor) -> None:
-        self._rows.put([(indices.start, indices.stop)], images.flatten(1).double().cpu().numpy())
+        self._put([(indices.start, indices.stop)], images.flatten(1).double().cpu().numpy())
 
     def _merge(self, content: Content, spans: Sequence[Span]) -> None:
-        self._rows.put(spans, content["rows"])
+        self._put(spans, content["rows"])
+
+    def _put(self, spans: Sequence[Span], rows: np.ndarray) -> None:
+        for a, b in spans:
+            self._points[a - self.first : b - self.first], rows = rows[: b - a], rows[b - a :]
 
     def _finished(self) -> Content:
-        return {"points": self._rows.values}
+        return {"points": self._points}
 
 
-class FeatureTally(Tally):
-    """Features of the images as they would be stored in 8 bits, and class probabilities if `splits` > 0.
+class MetricTally(Tally):
+    """All metrics of a panel, of the images as they would be stored in 8 bits; finished: what continues them.
 
-    Finished: `features` [num, d] if kept, else `mu` [d] and the upper triangle of `cov`; `score` [2], the Inception
-    score and its standard deviation over the splits.
+    Args:
+        accumulators: empty ones, for `num` images.
+        decode: images [b, C, H, W] of the network to pixels uint8 [b, c, h, w]; `to_pixels` for those of pixels.
     """
 
-    def __init__(self, first: int, num: int, detector: Detector, device: torch.device, splits: int = 0) -> None:
-        super().__init__(first, num)
-        self.detector = detector
-        kept = detector.dim <= KEEP
-        self._rows = _Rows(first, num, detector.dim, np.float32) if kept else None
-        self._moments = None if kept else RunningMoments(detector.dim, device)
-        self._score = RunningScore(num, splits) if splits else None
+    def __init__(self, first: int, accumulators: Accumulators, decode: Optional[Decode] = None) -> None:
+        super().__init__(first, accumulators.num)
+        self.accumulators, self.decode = accumulators, decode or as_pixels
 
     def content(self) -> Content:
-        content = super().content()
-        if self._rows is not None:
-            content["rows"] = self._rows.get(self.covered)
-        if self._moments is not None:
-            content["mean"], content["scatter"] = self._moments.mean.cpu().numpy(), self._moments.scatter.cpu().numpy()
-        if self._score is not None and self._score.sums is not None:
-            content["scores"] = self._score.sums
-        return content
+        return {**super().content(), **self.accumulators.content()}
 
     def _add(self, indices: range, images: torch.Tensor) -> None:
-        pixels = to_pixels(images).reshape(images.shape)  # uint8 [b, C, H, W]
-        names = [f"image {i}" for i in indices]
-        features = check_finite(self.detector.features(pixels), names)
-        if self._rows is not None:
-            self._rows.put([(indices.start, indices.stop)], features.float().cpu().numpy())
-        if self._moments is not None:
-            self._moments.update(features)
-        if self._score is not None:
-            relative = range(indices.start - self.first, indices.stop - self.first)
-            self._score.update(check_finite(self.detector.probabilities(pixels), names), relative)
+        positions = [i - self.first for i in indices]
+        self.accumulators.update(self.decode(images), positions, [f"image {i}" for i in indices])
 
     def _merge(self, content: Content, spans: Sequence[Span]) -> None:
-        if self._rows is not None:
-            self._rows.put(spans, content["rows"])
-        if self._moments is not None:
-            _absorb(self._moments, sum(b - a for a, b in spans), content["mean"], content["scatter"])
-        if self._score is not None and "scores" in content:
-            self._score.sums = content["scores"] + (0 if self._score.sums is None else self._score.sums)
+        self.accumulators.merge(content)
 
     def _finished(self) -> Content:
-        content: Content = {}
-        if self._rows is not None:
-            content["features"] = self._rows.values
-        if self._moments is not None:
-            mu, cov = self._moments.result()
-            content.update(mu=mu, cov=cov[np.triu_indices(len(cov))])
-        if self._score is not None:
-            content["score"] = np.array(self._score.result())
-        return content
+        return self.accumulators.content()
 
 
-def _absorb(own: RunningMoments, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-    """Add the moments of other images (`feature_stats` has the formula); into an empty one, to the same bytes."""
-    total = own.count + count
-    if total == 0:
-        return
-    other, shared = torch.from_numpy(mean).to(own.mean), torch.from_numpy(scatter).to(own.scatter)
-    shift = other - own.mean
-    own.mean = other.clone() if own.count == 0 else own.mean + shift * (count / total)
-    rows = shift[None] * math.sqrt(own.count * count / total)
-    own.scatter = own.scatter + shared + rows.T @ rows
-    own.count = total
-
-
-def moments_of(content: Content) -> Tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and covariance [d, d] of a finished `FeatureTally`."""
-    if "features" in content:
-        return moments(content["features"])
-    mu = content["mu"]
-    cov = np.zeros((len(mu), len(mu)))
-    cov[np.triu_indices(len(mu))] = content["cov"]
-    return mu, cov + np.triu(cov, 1).T
-
-
-def score_of(content: Content) -> Tuple[float, float]:
-    """Inception score of a finished `FeatureTally` and its standard deviation over the splits."""
-    return float(content["score"][0]), float(content["score"][1])
+def as_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images [b, C, H, W] in [-1, 1] as uint8 of the same shape."""
+    return to_pixels(images).reshape(images.shape)

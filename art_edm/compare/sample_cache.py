@@ -2,7 +2,7 @@
 
 Symbols
 -------
-entry      (network, grid, solver, seed, block) and what is kept of its images: features, or the end points
+entry      (network, grid, solver, seed, block) and what is kept of its images: metrics, or the end points
 block      the images of the indices first, ..., first + num - 1; seed 0 is upstream's --seeds=first-(first+num-1)
 end point  where a path ends, float64, not rounded to pixels
 
@@ -15,14 +15,15 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 
-from art_edm.compare.accumulators import EndPoints, FeatureTally, Tally, missing
+from art_edm.compare.accumulators import Decode, EndPoints, MetricTally, Tally, missing
 from art_edm.grids.grid import Grid
-from art_edm.metrics.detectors import Detector
+from art_edm.metrics.metric import Metric
+from art_edm.metrics.panel import Accumulators, Panel
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network
 from art_edm.runtime.distributed import World
@@ -32,7 +33,7 @@ from art_edm.runtime.store import Content, Store
 from art_edm.sampling.noise import noise_and_labels
 from art_edm.sampling.solvers import nfe, sample
 
-__all__ = ["Samples", "Work", "check_images", "end_points", "entry", "features"]
+__all__ = ["Samples", "Scored", "Work", "check_images", "end_points", "entry", "scored"]
 
 Span = Tuple[int, int]
 
@@ -103,6 +104,13 @@ class Work:
             raise Stopped("stopped; what is done is kept: run the same command again to continue")
 
 
+class Scored(NamedTuple):
+    """What is known of sampled images."""
+
+    of: Dict[str, List[Metric]]  # metric -> its groups
+    seconds: float
+
+
 def check_images(network: Network) -> None:
     """Raise a ValueError if the network does not make images of pixels."""
     channels, height, width = network.denoiser.img_shape
@@ -113,22 +121,30 @@ def check_images(network: Network) -> None:
         )
 
 
-def features(samples: Samples, detector: Detector, work: Work, splits: int = 0) -> Optional[Content]:
-    """What a finished `FeatureTally` holds of the images; only on process 0, None on the others.
+def scored(
+    samples: Samples, panel: Panel, work: Work, groups: int = 1, decode: Optional[Decode] = None
+) -> Optional[Scored]:
+    """The metrics' accumulators of the images; only on process 0, None on the others.
 
     Args:
-        splits: parts of the Inception score, 0 for none.
+        groups: of the jackknife; see `Panel.groups`.
+        decode: see `MetricTally`; the network's file decides it.
     Raises:
         Stopped: it was asked for, or the disk is full; what is done is kept.
         ValueError, NonFiniteOutput: the network, the grid or the detector cannot be used.
     """
-    kind = {"kind": "features", "detector": detector.sha256, "splits": splits}
-    make = lambda: FeatureTally(samples.first, samples.num, detector, samples.network.denoiser.device, splits)
-    return entry(samples, kind, make, work)
+    kind = {"kind": "metrics", "panel": panel.identity, "groups": groups, "decoded": decode is not None}
+    empty = lambda: Accumulators(panel, samples.num, groups, samples.network.denoiser.device)
+    content = entry(samples, kind, lambda: MetricTally(samples.first, empty(), decode), work)
+    if content is None:
+        return None
+    result = empty()
+    result.merge(content)
+    return Scored(result.of, float(content["seconds"]))
 
 
 def end_points(samples: Samples, work: Work) -> Optional[np.ndarray]:
-    """End points float64 [num, C H W]; only on process 0, None on the others. Raises as `features`."""
+    """End points float64 [num, C H W]; only on process 0, None on the others. Raises as `scored`."""
     size = int(np.prod(samples.network.denoiser.img_shape))
     content = entry(samples, {"kind": "end points"}, lambda: EndPoints(samples.first, samples.num, size), work)
     return None if content is None else content["points"]

@@ -2,12 +2,13 @@
 
 Symbols
 -------
-entry     NAME=PATH or NAME@NFE=PATH: images of one method, sorted by name as upstream's --seeds sorts them
+entry     NAME=PATH or NAME@NFE=PATH: images of one method, in the order of the seeds they are named by, else of names
 block     `block` consecutive images, made from one set of seeds; fewer images in all are one block
 group     of a single block, every g-th image; the jackknife leaves out one group at a time
 
 A FID falls with the number of images, so that only blocks of the same size, and as many of them, are compared. Two
-entries whose images have the same names are taken to share seeds, and are compared block by block.
+entries with the same seeds (in the files' stems; folders and extensions do not matter) or the same names are compared
+block by block.
 """
 
 from __future__ import annotations
@@ -17,25 +18,21 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from art_edm.compare.accumulators import KEEP
-from art_edm.compare.tables import Row, add_differences, measured
-from art_edm.metrics.detectors import Detector
-from art_edm.metrics.feature_stats import Measured, measure_images
-from art_edm.metrics.frechet import Moments, frechet_distance
-from art_edm.metrics.image_folders import ImageSet, lossy_note, open_images
-from art_edm.metrics.standard_errors import GROUPS, Measurement
-from art_edm.runtime.distributed import World
+from art_edm.compare.tables import Row, add_differences, add_measurements
+from art_edm.metrics.image_folders import ImageSet, format_notes, open_images
+from art_edm.metrics.metric import Metric
+from art_edm.metrics.panel import Accumulators, Panel, measure_images
+from art_edm.runtime.context import Context
 from art_edm.runtime.progress import Progress
-from art_edm.runtime.store import Store
+from art_edm.runtime.store import Content
 
-__all__ = ["Entry", "Settings", "blocks_of", "compare", "open_entries", "parse_entries", "pooled"]
+__all__ = ["Entry", "blocks_of", "compare", "open_entries", "parse_entries", "seeds_of", "unpaired"]
 
-_FEW_GROUPS = 10  # of features too many to keep: each group's moments are [d, d]
-_METHOD = 1  # raised whenever the same images would get other numbers
+_METHOD = 2  # raised whenever the same images would get other numbers
 
 
 class Entry(NamedTuple):
@@ -49,15 +46,6 @@ class Entry(NamedTuple):
     def label(self) -> str:
         """NAME or NAME@NFE."""
         return self.name if self.nfe is None else f"{self.name}@{self.nfe}"
-
-
-class Settings(NamedTuple):
-    """How images become features; only `splits` decides what is computed (0: no Inception score)."""
-
-    batch: int = 64
-    workers: int = 2
-    splits: int = 0
-    quiet: bool = True
 
 
 def parse_entries(texts: Sequence[str]) -> List[Entry]:
@@ -83,7 +71,7 @@ def open_entries(entries: Sequence[Entry], block: int, num: Optional[int] = None
     Raises:
         ValueError: images that cannot be used, other numbers or sizes of images, or an incomplete block.
     """
-    sets = [open_images(entry.path) for entry in entries]
+    sets = [by_seed(open_images(entry.path)) for entry in entries]
     for images, entry in zip(sets, entries):
         if num is not None and len(images) < num:
             raise ValueError(f"{entry.path}: found {len(images)} images, expected at least {num}; lower --num")
@@ -97,6 +85,32 @@ def open_entries(entries: Sequence[Entry], block: int, num: Optional[int] = None
     return sets, blocks_of(len(sets[0]), block)
 
 
+def seeds_of(names: Sequence[str]) -> Optional[List[int]]:
+    """The seeds that images are named by, as upstream's scripts name them: DIR/000123.png; None if not all are."""
+    found = [re.fullmatch(r"(?:seed)?([0-9]{1,18})", os.path.splitext(os.path.basename(name))[0]) for name in names]
+    seeds = [int(match.group(1)) for match in found if match]
+    return seeds if len(seeds) == len(set(seeds)) == len(names) else None
+
+
+def by_seed(images: ImageSet) -> ImageSet:
+    """The same images in the order of their seeds, where each has one."""
+    seeds = seeds_of(images.names)
+    if seeds is not None:
+        images.names = [name for _, name in sorted(zip(seeds, images.names))]
+    return images
+
+
+def unpaired(one: ImageSet, base: ImageSet) -> Optional[str]:
+    """Why two sets of images are not taken to be made from the same noise, image by image; None if they are."""
+    if list(one.names) == list(base.names):
+        return None
+    for images in (one, base):
+        if seeds_of(images.names) is None:
+            return f"{images.path} has names that are no seeds, or a seed twice (such as {images.names[0]})"
+    other = sorted(set(seeds_of(one.names)) ^ set(seeds_of(base.names)))
+    return f"the seeds differ, such as {other[0]}" if other else None
+
+
 def blocks_of(count: int, block: int) -> int:
     """Number of blocks in `count` images; raises a ValueError for an incomplete one."""
     if count <= block:
@@ -107,130 +121,79 @@ def blocks_of(count: int, block: int) -> int:
     return count // block
 
 
-def pooled(parts: Sequence[Tuple[int, Moments]]) -> Moments:
-    """Mean and covariance (n - 1) of all images from the number, mean and covariance of each part."""
-    counts = np.array([count for count, _ in parts], np.float64)
-    means = np.array([mu for _, (mu, _) in parts])  # [parts, d]
-    mu = counts @ means / counts.sum()
-    apart = (means - mu) * np.sqrt(counts)[:, None]
-    scatter = apart.T @ apart
-    for count, (_, cov) in parts:
-        scatter += (count - 1) * cov
-    return mu, scatter / (counts.sum() - 1)
-
-
 def compare(
-    entries: Sequence[Entry], sets: Sequence[ImageSet], blocks: int, detector: Detector, reference: Optional[Moments],
-    store: Store, world: World, settings: Settings,
+    entries: Sequence[Entry], sets: Sequence[ImageSet], blocks: int, panel: Panel, references: Dict[str, Content],
+    context: Context, workers: int = 2,
 ) -> Tuple[List[Row], List[str]]:
     """Score every entry, and its difference to the first name at the same NFE.
 
     Args:
         entries, sets, blocks: see `open_entries`.
-        reference: for the FID; None for the Inception score alone.
-        store: keep the statistics of images, so that they are computed once.
+        references: of each metric that needs one.
+        context: its store keeps the statistics of images, so that they are computed once.
+        workers: threads that read images; 0 for none beside the detectors.
     Returns:
         Rows for `tables` and notes for the user; the same on every process.
     """
-    rows, fids, notes = [], [], []
+    rows, found, notes = [], [], []
     for entry, images in zip(entries, sets):
-        folder = _Folder(entry, images, blocks, detector, reference is not None, settings)
-        measure = _Measure(folder, store, world)
+        measurer = _Folder(entry, images, blocks, panel, context, workers)
         row: Row = {"name": entry.name, "nfe": entry.nfe, "path": entry.path, "images": len(images) // blocks,
                     "blocks": blocks}
-        if reference is not None:
-            fids.append(measure.fid(reference))
-            row.update(measured("fid", fids[-1]))
-        if settings.splits:
-            row.update(measure.inception())
-        notes += measure.notes
+        found.append(add_measurements(row, measurer.blocks_of_metrics(), references))
+        notes += measurer.notes
         rows.append(row)
-    if fids:
-        first = {row["nfe"]: i for i, row in enumerate(rows) if row["name"] == rows[0]["name"]}
-        paired = lambda i, j: list(sets[i].names) == list(sets[j].names)
-        add_differences(rows, fids, lambda i: first.get(rows[i]["nfe"]), paired)
+    first = {row["nfe"]: i for i, row in enumerate(rows) if row["name"] == rows[0]["name"]}
+    reason = lambda i, j: unpaired(sets[i], sets[j])
+    add_differences(rows, found, lambda i: first.get(rows[i]["nfe"]), reason)
+    notes += [f"{row['name']} and {row['difference_to']} are not paired: {row['not_paired']}"
+              for row in rows if row.get("not_paired")]
     return rows, notes
 
 
-class _Folder(NamedTuple):
-    """The images of one entry and what is asked of them."""
+class _Folder:
+    """The metrics of one entry's images: those of an earlier run, if the files are the same, or new ones."""
 
-    entry: Entry
-    images: ImageSet
-    blocks: int
-    detector: Detector
-    fid: bool
-    settings: Settings
+    def __init__(
+        self, entry: Entry, images: ImageSet, blocks: int, panel: Panel, context: Context, workers: int
+    ) -> None:
+        self.entry, self.images, self.blocks, self.panel, self.context = entry, images, blocks, panel, context
+        self.workers, self.notes, self._formats = workers, list(images.notes), None
+        self._files = _fingerprint(images)
 
-    @property
-    def groups(self) -> int:
-        """For the jackknife; 1 if there is none."""
-        groups = GROUPS if self.detector.dim <= KEEP else _FEW_GROUPS
-        return 1 if self.blocks > 1 or len(self.images) < 2 * groups else groups
-
-    def subsets(self, groups: int) -> Iterator[range]:
-        """Indices of each block, or of each group of the only one."""
+    def blocks_of_metrics(self) -> List[Dict[str, List[Metric]]]:
+        """Metric -> groups, of each block."""
         size = len(self.images) // self.blocks
-        for block in range(self.blocks):
-            yield from (range(block * size + group, (block + 1) * size, groups) for group in range(groups))
+        groups = self.panel.groups(size, self.blocks)
+        return [self._block(range(i * size, (i + 1) * size), groups).of for i in range(self.blocks)]
 
-
-class _Measure:
-    """The statistics of a folder: those of an earlier run, if the files are the same, or new ones."""
-
-    def __init__(self, folder: _Folder, store: Store, world: World) -> None:
-        self.folder, self.store, self.world = folder, store, world
-        self.notes = list(folder.images.notes)
-        self._files = _fingerprint(folder.images)
-        self._lossy: Optional[str] = None  # a note, once the images have been checked
-        self._done = 0
-
-    def fid(self, reference: Moments) -> Measurement:
-        """FID of every block; without the groups in turn if there is one only."""
-        groups = self.folder.groups
-        parts = [(len(subset), self._part(subset, 0)) for subset in self.folder.subsets(groups)]
-        stats = [(count, _moments(content)) for count, content in parts]
-        if groups == 1:
-            return Measurement([frechet_distance(*moments, *reference) for _, moments in stats])
-        left_out = (pooled(stats[:j] + stats[j + 1 :]) for j in range(groups))  # one at a time: each is [d, d]
-        whole = frechet_distance(*pooled(stats), *reference)
-        return Measurement([whole], [frechet_distance(*moments, *reference) for moments in left_out])
-
-    def inception(self) -> Row:
-        """Inception score of every block."""
-        scores = [self._part(subset, self.folder.settings.splits)["score"] for subset in self.folder.subsets(1)]
-        row = measured("is", Measurement([float(mean) for mean, _ in scores]))
-        return row if len(scores) > 1 else {**row, "is_splits_std": float(scores[0][1])}
-
-    def _part(self, subset: range, splits: int) -> Dict[str, np.ndarray]:
-        """Moments (no splits) or Inception score of some of the images."""
-        what = {
-            "kind": "folder", "method": _METHOD, "files": self._files, "detector": self.folder.detector.sha256,
-            "subset": [subset.start, subset.stop, subset.step], "splits": splits,
-        }
-        with self.world.phase():  # all look before any writes
-            content = self.store.load(what)
-            if content is None and self._lossy is None:  # headers of all images, before the first is measured
-                images = self.folder.images
-                self._lossy = lossy_note(images, images.check(range(len(images)))) or ""
+    def _block(self, subset: range, groups: int) -> Accumulators:
+        world, store = self.context.world, self.context.store
+        what = {"kind": "folder", "method": _METHOD, "files": self._files, "panel": self.panel.identity,
+                "subset": [subset.start, subset.stop], "groups": groups}
+        accumulators = Accumulators(self.panel, len(subset), groups, world.device)
+        with world.phase():  # all look before any writes
+            content = store.load(what)
+            if content is None and self._formats is None:  # headers of all images, before the first is measured
+                self._formats = format_notes(self.images, self.images.check(range(len(self.images))))
         if content is None:
-            content = {**_content(self._measured(subset, splits)), "note": np.array(self._lossy)}
-            with self.world.phase():
-                if self.world.rank == 0:
-                    self.store.save(what, content)
-        note = str(content["note"])
-        self.notes += [note] if note and note not in self.notes else []
-        self._done += len(subset)
-        return content
+            self._measure(accumulators, subset)
+            content = {**accumulators.content(), "notes": np.array(self._formats or [], dtype=np.str_)}
+            with world.phase():
+                if world.rank == 0:
+                    store.save(what, content)
+        else:
+            accumulators.merge(content)
+        self.notes += [str(note) for note in content["notes"] if str(note) not in self.notes]
+        return accumulators
 
-    def _measured(self, subset: range, splits: int) -> Measured:
-        images, settings = copy.copy(self.folder.images), self.folder.settings
-        images.names = [self.folder.images.names[i] for i in subset]
-        quiet = settings.quiet or self.world.rank > 0
-        progress = _Part(len(self.folder.images), f"{self.folder.entry.label}: images", quiet, self._done)
+    def _measure(self, accumulators: Accumulators, subset: range) -> None:
+        images, context = copy.copy(self.images), self.context
+        images.names = [self.images.names[i] for i in subset]
+        quiet = context.quiet or context.world.rank > 0
+        progress = _Part(len(self.images), f"{self.entry.label}: images", quiet, subset.start)
         try:
-            return measure_images(images, self.folder.detector, self.world, not splits, splits, settings.batch,
-                                  settings.workers, progress)
+            measure_images(images, accumulators, context.world, context.batch, self.workers, progress)
         finally:
             progress.close()
 
@@ -240,17 +203,6 @@ class _Part(Progress):
 
     def update(self, done: int, note: str = "") -> None:
         super().update(self.start + done, note)
-
-
-def _content(result: Measured) -> Dict[str, np.ndarray]:
-    if result.moments is None:
-        return {"score": np.array(result.score)}
-    mu, cov = result.moments
-    return {"mu": mu, "cov": cov}
-
-
-def _moments(content: Dict[str, np.ndarray]) -> Moments:
-    return content["mu"], content["cov"]
 
 
 def _fingerprint(images: ImageSet) -> str:

@@ -9,24 +9,24 @@ difference  of a cell's FID to that of the first grid in as many steps by the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
-from art_edm.compare.accumulators import moments_of, score_of
-from art_edm.compare.sample_cache import Samples, Work, end_points, features
-from art_edm.compare.tables import Row, add_differences, measured
+from art_edm.compare.accumulators import Decode, as_pixels
+from art_edm.compare.sample_cache import Samples, Work, end_points, scored
+from art_edm.compare.tables import Row, add_differences, add_measurements, fields
 from art_edm.grids.grid import Grid
-from art_edm.metrics.detectors import Detector
 from art_edm.metrics.end_point import end_point_error
-from art_edm.metrics.feature_stats import RunningMoments
-from art_edm.metrics.frechet import Moments, frechet_distance, moments
+from art_edm.metrics.feature_stats import METRICS
+from art_edm.metrics.metric import Metric, measure, paired_distance, pooled
 from art_edm.metrics.mnist import FILES, load_mnist
-from art_edm.metrics.standard_errors import GROUPS, Measurement, groups_of
+from art_edm.metrics.panel import Accumulators, Panel
+from art_edm.metrics.standard_errors import Measurement
 from art_edm.models.loading import Network
-from art_edm.runtime.store import Store
+from art_edm.runtime.store import Content, Store
 from art_edm.sampling.baselines import Choice, hand_made
 from art_edm.sampling.solvers import nfe, supported
 
@@ -43,7 +43,10 @@ class Fine(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison; without a detector only end points are compared, and without `fine` only images."""
+    """A comparison; without a panel only end points are compared, by their features too if it has no references.
+
+    Without `fine` there are no end points.
+    """
 
     network: Network
     choices: Sequence[Choice]
@@ -51,10 +54,16 @@ class Plan:
     num: int = 50_000
     blocks: int = 1
     seed: int = 0
-    detector: Optional[Detector] = None
-    reference: Optional[Moments] = None  # for the FID
-    splits: int = 0  # for the Inception score
+    panel: Optional[Panel] = None
+    references: Mapping[str, Content] = field(default_factory=dict)  # of each metric that needs one
     fine: Optional[Fine] = None
+    decode: Optional[Decode] = None  # of a network that makes latents
+
+    @property
+    def scores(self) -> bool:
+        """Whether images are scored, and not only end points compared."""
+        return self.panel is not None and all(
+            name in self.references or not METRICS[name].needs_reference for name in self.panel.metrics)
 
     def samples(self, grid: Grid, solver: str, block: int, num: Optional[int] = None) -> Samples:
         """What is sampled for one block."""
@@ -73,7 +82,7 @@ class Plan:
     @property
     def evaluations(self) -> int:
         """Evaluations of the denoiser, if none is done yet."""
-        images = self.num if self.detector else 0
+        images = self.num if self.scores else 0
         images += self.fine.noises if self.fine else 0
         count = sum(images * nfe(solver, choice.grid.num_steps) for choice, solver in self.cells)
         fine = self.fine.noises * nfe(self.fine.solver, self.fine.num_steps) if self.fine else 0
@@ -89,21 +98,20 @@ def score(plan: Plan, work: Work) -> List[Row]:
     """
     if plan.fine is not None:  # before any work
         _check_fine(plan)
-    rows, fids, count = [], [], len(list(plan.cells))
+    rows, found, count = [], [], len(list(plan.cells))
     for i, (choice, solver) in enumerate(plan.cells):
         work.note = f"{choice.name} {choice.grid.num_steps} {solver} ({i + 1} of {count})"
         row = _described(plan, choice, solver)
-        if plan.detector is not None:
-            fid = _images(plan, choice, solver, work, row)
-            fids.append(fid)
+        if plan.scores:
+            found.append(_images(plan, choice, solver, work, row))
         if plan.fine is not None:
             row.update(_error(plan, choice, solver, work))
         rows.append(row)
     if work.world.rank > 0:
         return []
-    if plan.reference is not None:
+    if found:
         first = {(row["steps"], row["solver"]): i for i, row in reversed(list(enumerate(rows)))}
-        add_differences(rows, fids, lambda i: first[rows[i]["steps"], rows[i]["solver"]], lambda i, j: True)
+        add_differences(rows, found, lambda i: first[rows[i]["steps"], rows[i]["solver"]], lambda i, j: None)
     return rows
 
 
@@ -120,58 +128,76 @@ def _described(plan: Plan, choice: Choice, solver: str) -> Row:
     return {
         "name": choice.name, "origin": choice.origin, "steps": steps, "solver": solver, "nfe": evaluations,
         "network_calls": evaluations * plan.network.denoiser.networks,
-        "images": plan.num if plan.detector else plan.fine.noises, "blocks": plan.blocks,
+        "images": plan.num if plan.scores else plan.fine.noises, "blocks": plan.blocks,
         "levels": choice.grid.values.tolist(),
     }
 
 
-def _images(plan: Plan, choice: Choice, solver: str, work: Work, row: Row) -> Optional[Measurement]:
-    """FID and Inception score of all blocks, put into the row; the FID's measurement."""
-    fids, scores, left_out, seconds = [], [], [], 0.0
-    for block in range(plan.blocks):
-        content = features(plan.samples(choice.grid, solver, block), plan.detector, work, plan.splits)
-        if content is None:  # process 0 does the rest
-            continue
-        seconds += float(content["seconds"])
-        if plan.reference is not None:
-            fids.append(frechet_distance(*moments_of(content), *plan.reference))
-            if plan.blocks == 1:
-                left_out = _left_out(content, plan.reference)
-        if plan.splits:
-            scores.append(score_of(content))
-    fid = Measurement(fids, left_out) if fids else None
-    row.update(measured("fid", fid) if fid else {}, seconds=seconds)
-    if scores:
-        row.update(measured("is", Measurement([mean for mean, _ in scores])))
-        if plan.blocks == 1:
-            row["is_splits_std"] = scores[0][1]
-    return fid
-
-
-def _left_out(content: Dict[str, np.ndarray], reference: Moments) -> List[float]:
-    """FID without each group of images; none where only the moments are kept, or for few images."""
-    kept = content.get("features")
-    if kept is None or len(kept) < 2 * GROUPS:
-        return []
-    group = groups_of(len(kept))
-    return [frechet_distance(*moments(kept[group != j]), *reference) for j in range(GROUPS)]
+def _images(plan: Plan, choice: Choice, solver: str, work: Work, row: Row) -> Dict[str, Measurement]:
+    """The metrics of all blocks, put into the row too; nothing on processes other than 0."""
+    groups = plan.panel.groups(plan.num, plan.blocks)
+    blocks = [scored(plan.samples(choice.grid, solver, block), plan.panel, work, groups, plan.decode)
+              for block in range(plan.blocks)]
+    if work.world.rank > 0:
+        return {}
+    row["seconds"] = sum(block.seconds for block in blocks)
+    return add_measurements(row, [block.of for block in blocks], plan.references)
 
 
 def _error(plan: Plan, choice: Choice, solver: str, work: Work) -> Row:
-    """End-point error over the first noises of all blocks."""
-    fine, points, exact = plan.fine, [], []
-    for block in range(plan.blocks):
-        exact.append(end_points(plan.samples(plan.fine_grid, fine.solver, block, fine.noises), work))
-        points.append(end_points(plan.samples(choice.grid, solver, block, fine.noises), work))
+    """End-point error over the first noises of all blocks, in pixels and in the features of every metric."""
+    ends = [_Ends(plan, plan.samples(choice.grid, solver, block, plan.fine.noises)) for block in range(plan.blocks)]
+    exact = [_Ends(plan, plan.samples(plan.fine_grid, plan.fine.solver, block, plan.fine.noises))
+             for block in range(plan.blocks)]
+    points = [[end_points(each.samples, work) for each in side] for side in (ends, exact)]
     if work.world.rank > 0:
         return {}
-    result = end_point_error(np.concatenate(points), np.concatenate(exact))
-    return {**{f"error_{name}": value for name, value in result._asdict().items()},
-            "error_noises": fine.noises * plan.blocks}
+    result = end_point_error(*map(np.concatenate, points))
+    row = {**{f"error_{name}": value for name, value in result._asdict().items()},
+           "error_noises": plan.fine.noises * plan.blocks}
+    if plan.panel is None:
+        return row
+    own, true = ([each.metrics(found, work) for each, found in zip(side, part)]
+                 for side, part in zip((ends, exact), points))
+    for name in own[0]:
+        mine, theirs = (pooled([block[name] for block in side]) for side in (own, true))
+        row.update(fields(f"{name}_to_exact", paired_distance(mine, theirs)))
+        if name in plan.references:
+            row.update(fields(f"{name}_of_exact", measure([theirs], plan.references[name])))
+    return row
 
 
-def mnist_reference(split: str, detector: Detector, device: torch.device, store: Store, data: Any = None) -> Moments:
-    """Moments of the features of MNIST's `split` (train or test), kept in `store`.
+class _Ends(NamedTuple):
+    """The end points of one block."""
+
+    plan: Plan
+    samples: Samples
+
+    def metrics(self, points: np.ndarray, work: Work) -> Dict[str, List[Metric]]:
+        """Metric -> groups, of those that compare two sets of images; kept. points float64 [num, C H W]."""
+        network, panel = self.samples.network, self.plan.panel
+        panel = replace(panel, metrics=[name for name in panel.metrics if METRICS[name].needs_reference])
+        groups = panel.groups(len(points))
+        accumulators = Accumulators(panel, len(points), groups, network.denoiser.device)
+        what = {**self.samples.what, "kind": "metrics of end points", "panel": panel.identity, "groups": groups}
+
+        def made() -> Content:
+            found = Accumulators(panel, len(points), groups, network.denoiser.device)
+            images = torch.from_numpy(points).reshape(-1, *network.denoiser.img_shape)
+            for i, part in enumerate(images.split(work.batch)):
+                positions = range(i * work.batch, i * work.batch + len(part))
+                pixels = (self.plan.decode or as_pixels)(part.to(network.denoiser.device))
+                found.update(pixels, positions, [f"end point {self.samples.first + j}" for j in positions])
+            return found.content()
+
+        accumulators.merge(work.store.memo(what, made))
+        return accumulators.of
+
+
+def mnist_reference(
+    split: str, panel: Panel, device: torch.device, store: Store, data: Any = None
+) -> Dict[str, Content]:
+    """Metric -> statistics of MNIST's `split` (train or test), kept in `store`.
 
     Args:
         data: folder with the four files; None downloads them once.
@@ -179,13 +205,16 @@ def mnist_reference(split: str, detector: Detector, device: torch.device, store:
         ValueError, ConnectionError: as `load_mnist`.
     """
     name = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}[split]
-    what = {"kind": "mnist", "images": FILES[name], "detector": detector.sha256}
-    content = store.load(what)
-    if content is None:
-        running = RunningMoments(detector.dim, device)
-        for pixels in load_mnist(split, data)[0].split(500):
-            running.update(detector.features(pixels[:, None].to(device)))
-        mu, cov = running.result()
-        content = {"mu": mu, "cov": cov[np.triu_indices(len(cov))]}
-        store.save(what, content)
-    return moments_of(content)
+    panel = replace(panel, metrics=[name for name in panel.metrics if METRICS[name].needs_reference])
+    what = {"kind": "mnist", "images": FILES[name], "panel": panel.identity}
+    num = {"train": 60_000, "test": 10_000}[split]
+
+    def made() -> Content:
+        found = Accumulators(panel, num, device=device)
+        for i, pixels in enumerate(load_mnist(split, data)[0].split(500)):
+            found.update(pixels[:, None].to(device), range(500 * i, 500 * i + len(pixels)), ["MNIST"] * len(pixels))
+        return found.content()
+
+    accumulators = Accumulators(panel, num, device=device)
+    accumulators.merge(store.memo(what, made))
+    return {name: groups[0].statistics() for name, groups in accumulators.of.items()}

@@ -1,7 +1,8 @@
 """Tables of measurements: on the terminal, as Markdown, CSV, JSON and as a plot over NFE.
 
 A row is a dict. `fid` is a mean over blocks, `fid_stderr` its standard error, `fid_min` the least of the blocks,
-`fid_blocks` all of them; `is` and `error_rms` alike. `difference` is of the FID to the row that is compared with.
+`fid_blocks` all of them; every metric alike. `fid_difference` is to the row `difference_to`; `fid_images_paired` and
+`fid_images_unpaired` are how many images would make it two standard errors large.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 from art_edm.grids.plots import check_plotting
+from art_edm.metrics.feature_stats import METRICS
+from art_edm.metrics.metric import Metric, measure, merged
 from art_edm.metrics.standard_errors import Measurement, difference
 from art_edm.runtime.files import atomic_write, write_json
+from art_edm.runtime.store import Content
 
-__all__ = ["FORMATS", "Row", "add_differences", "lines", "markdown", "measured", "plot", "write"]
+__all__ = ["FORMATS", "Row", "add_differences", "add_measurements", "fields", "lines", "markdown", "plot", "write"]
 
 Row = Dict[str, Any]
 
@@ -47,7 +51,7 @@ def _number(key: str) -> Callable[[Row], str]:
         value, stderr = row.get(key), row.get(f"{key}_stderr")
         if value is None:
             return ""
-        sign, digits = "+" if key == "difference" else "", _digits(stderr)
+        sign, digits = "+" if key.endswith("_difference") else "", _digits(stderr)
         if digits is None:
             return f"{value:{sign}.4g}" + ("" if stderr is None else " +- 0")
         return f"{value:{sign}.{digits}f} +- {stderr:.{digits}f}"
@@ -55,25 +59,66 @@ def _number(key: str) -> Callable[[Row], str]:
     return show
 
 
-def _least(row: Row) -> str:
-    """The least FID of several blocks."""
-    if row.get("fid_min") is None or row["blocks"] == 1:
-        return ""
-    digits = _digits(row.get("fid_stderr"))
-    return f"{row['fid_min']:.4g}" if digits is None else f"{row['fid_min']:.{digits}f}"
+def _least(key: str) -> Callable[[Row], str]:
+    """The least of several blocks."""
+
+    def show(row: Row) -> str:
+        if row.get(f"{key}_min") is None or row["blocks"] == 1:
+            return ""
+        digits = _digits(row.get(f"{key}_stderr"))
+        return f"{row[f'{key}_min']:.4g}" if digits is None else f"{row[f'{key}_min']:.{digits}f}"
+
+    return show
 
 
-COLUMNS = (
-    Column("name", _plain("name")), Column("K", _plain("steps")), Column("solver", _plain("solver")),
-    Column("NFE", _plain("nfe")), Column("images", lambda row: f"{row['blocks']} x {row['images']}"),
-    Column("FID", _number("fid")), Column("min", _least), Column("difference", _number("difference")),
-    Column("IS", _number("is")), Column("RMS error", _number("error_rms")), Column("mean error", _number("error_mean")),
-    Column("median error", _number("error_median")),
-    Column("grid", lambda row: row["origin"] if row.get("origin", "").startswith("resampled") else ""),
-)
+def _needed(key: str) -> Callable[[Row], str]:
+    """Images for which the difference is two standard errors large."""
+
+    def show(row: Row) -> str:
+        numbers = {way: row.get(f"{key}_images_{way}") for way in ("paired", "unpaired")}
+        return ", ".join(f"{number:,} {way}" for way, number in numbers.items() if number is not None)
+
+    return show
 
 
-def measured(key: str, measurement: Measurement) -> Row:
+def _of_metric(metric: Type[Metric]) -> List[Column]:
+    """The columns of one metric."""
+    name, title = metric.name, metric.title
+    return [
+        Column(title, _number(name)), Column("min", _least(name) if metric.needs_reference else lambda row: ""),
+        Column("difference", _number(f"{name}_difference")), Column("images to see it", _needed(name)),
+        Column(f"{title} of exact ends", _number(f"{name}_of_exact")),
+        Column(f"{title} to exact ends", _number(f"{name}_to_exact")),
+    ]
+
+
+def _columns() -> List[Column]:
+    return [
+        Column("name", _plain("name")), Column("K", _plain("steps")), Column("solver", _plain("solver")),
+        Column("NFE", _plain("nfe")), Column("images", lambda row: f"{row['blocks']} x {row['images']}"),
+        *(column for metric in METRICS.values() for column in _of_metric(metric)),
+        Column("RMS error", _number("error_rms")), Column("mean", _number("error_mean")),
+        Column("median", _number("error_median")),
+        Column("pairing", lambda row: f"not paired: {row['not_paired']}" if row.get("not_paired") else ""),
+        Column("grid", lambda row: row["origin"] if row.get("origin", "").startswith("resampled") else ""),
+    ]
+
+
+def add_measurements(
+    row: Row, blocks: Sequence[Dict[str, List[Metric]]], references: Dict[str, Content]
+) -> Dict[str, Measurement]:
+    """Add every metric of some blocks to a row; the measurements of those that are compared with others."""
+    found = {}
+    for name in blocks[0]:
+        groups = [block[name] for block in blocks]
+        found[name] = measure(groups, references.get(name))
+        row.update(fields(name, found[name]))
+        if len(blocks) == 1:
+            row.update({f"{name}_{key}": value for key, value in merged(groups[0]).details().items()})
+    return found
+
+
+def fields(key: str, measurement: Measurement) -> Row:
     """The fields of a row that tell a measurement."""
     return {
         key: measurement.mean, f"{key}_min": measurement.minimum, f"{key}_stderr": measurement.stderr,
@@ -82,21 +127,35 @@ def measured(key: str, measurement: Measurement) -> Row:
 
 
 def add_differences(
-    rows: Sequence[Row], fids: Sequence[Measurement], base: Callable[[int], Optional[int]],
-    paired: Callable[[int, int], bool],
+    rows: Sequence[Row], found: Sequence[Dict[str, Measurement]], base: Callable[[int], Optional[int]],
+    unpaired: Callable[[int, int], Optional[str]],
 ) -> None:
-    """Add to each row its FID less that of row `base(i)`, unless this is itself or None."""
+    """Add to each row its metrics less those of row `base(i)`, unless this is itself or None.
+
+    Args:
+        found: of each row, as `add_measurements` gives them.
+        unpaired: why rows i and j are not from the same noise; None if they are.
+    """
     for i, row in enumerate(rows):
         j = base(i)
-        if j is not None and j != i:
-            result = difference(fids[i], fids[j], paired(i, j))
-            row.update(difference=result.value, difference_stderr=result.stderr, difference_from=result.basis,
-                       difference_to=rows[j]["name"])
+        if j is None or j == i:
+            continue
+        reason, images = unpaired(i, j), row["images"] * row["blocks"]
+        row.update(difference_to=rows[j]["name"], not_paired=reason)
+        for name, own in found[i].items():
+            independent = difference(own, found[j][name], False)
+            result = difference(own, found[j][name], True) if reason is None else independent
+            row.update({
+                f"{name}_difference": result.value, f"{name}_difference_stderr": result.stderr,
+                f"{name}_difference_from": result.basis,
+                f"{name}_images_paired": None if reason else result.images_needed(images),
+                f"{name}_images_unpaired": independent.images_needed(images),
+            })
 
 
 def _cells(rows: Sequence[Row]) -> List[List[str]]:
     """Titles, then the rows; columns without content are left out."""
-    columns = [column for column in COLUMNS if any(column.show(row) for row in rows)]
+    columns = [column for column in _columns() if any(column.show(row) for row in rows)]
     return [[column.title for column in columns], *([column.show(row) for column in columns] for row in rows)]
 
 
@@ -139,7 +198,7 @@ FORMATS = (".json", ".csv", ".md", ".png")
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """FID (else the error, else the IS) over NFE on logarithmic axes with standard errors, a line per name and solver.
+    """The first metric with a reference (else the error, else the IS) over NFE; a line per name and solver.
 
     Raises:
         ValueError: matplotlib is missing, or no row has an NFE.
@@ -147,7 +206,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     check_plotting()
     from matplotlib.figure import Figure
 
-    labels = {"fid": "FID", "error_rms": "RMS end-point error", "is": "IS"}
+    by_metric = {metric.name: metric.title for metric in sorted(METRICS.values(), key=lambda m: not m.needs_reference)}
+    labels = {**by_metric, "error_rms": "RMS end-point error"}
     key = next((key for key in labels if any(row.get(key) is not None for row in rows)), "fid")
     series: Dict[Tuple[str, str], List[Row]] = {}
     for row in rows:

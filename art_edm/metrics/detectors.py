@@ -4,25 +4,27 @@
     lenet         the bundled LeNet: 84 penultimate features of grey 28 x 28 images (section 6.4)
     F.pt, URL     any TorchScript that is called alike: net(x, return_features=True) -> [B, d]; for the Inception
                   score net(x, no_output_bias=True) -> class probabilities [B, k]; x uint8 [B, 3, H, W]
-    F.pkl, URL    a pickled network with the same call. Reading it runs code that is in it
+    F.pkl, URL    a pickled network with the same call
 
-Grey images are repeated to three channels, except for LeNet.
+A TorchScript is a program and a pickle contains one: both can write any file that the user can. Only `inception`, which
+is known by its hash, runs without the user's consent. Grey images are repeated to three channels, except for LeNet.
 """
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Iterable, Optional, Tuple
 
 import torch
 from torch.nn import functional
 
 from art_edm.models.lenet import LeNet
 from art_edm.models.loading import bundled, load_classifier
+from art_edm.pickles.records import PickleError
+from art_edm.pickles.trusted import load_trusted
 from art_edm.runtime.download import download, is_url
-from art_edm.runtime.files import sha256_of
+from art_edm.runtime.files import file_kind, sha256_of
 
 __all__ = ["INCEPTION_SHA256", "INCEPTION_URL", "CallDetector", "Detector", "DetectorError", "ClassifierDetector",
            "load_detector"]
@@ -58,6 +60,10 @@ class Detector:
         """uint8 [B, C, H, W] -> class probabilities [B, k]."""
         raise NotImplementedError
 
+    def outputs(self, images: torch.Tensor, names: Iterable[str]) -> Dict[str, torch.Tensor]:
+        """"features" and "probabilities", those that are named; of one run of the network where it can be."""
+        return {name: getattr(self, name)(images) for name in names}
+
 
 class ClassifierDetector(Detector):
     """A classifier of this project, LeNet or the ResNet, on images of the size it is for."""
@@ -74,7 +80,13 @@ class ClassifierDetector(Detector):
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        return functional.softmax(self._net(images.to(torch.float32) / 127.5 - 1), dim=1)
+        return functional.softmax(self._net.fc2(self.features(images)), dim=1)
+
+    @torch.no_grad()
+    def outputs(self, images: torch.Tensor, names: Iterable[str]) -> Dict[str, torch.Tensor]:
+        features = self.features(images)
+        found = {"features": features, "probabilities": functional.softmax(self._net.fc2(features), dim=1)}
+        return {name: found[name] for name in names}
 
 
 class CallDetector(Detector):
@@ -95,6 +107,7 @@ class CallDetector(Detector):
         black = torch.zeros(1, *shape, dtype=torch.uint8, device=device)
         self.dim = self._width(self.features, black, "return_features=True")
         self.classes = self._width(self.probabilities, black, "no_output_bias=True") if scores else 0
+        self._readout = self._find_readout(shape, device) if scores else None  # [d, k]
 
     def _width(self, call: Any, image: torch.Tensor, how: str) -> int:
         try:
@@ -113,6 +126,19 @@ class CallDetector(Detector):
         return values.shape[1]
 
     @torch.no_grad()
+    def _find_readout(self, shape: Tuple[int, int, int], device: torch.device) -> Optional[torch.Tensor]:
+        """The matrix among the weights whose softmax(features matrix) is the probabilities, as trial images show."""
+        noise = torch.randint(0, 256, (4, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        features, expected = self.features(noise.to(device)), self.probabilities(noise.to(device))
+        for weight in self._net.state_dict().values() if isinstance(self._net, torch.nn.Module) else ():
+            for matrix in (weight, weight.T) if weight.ndim == 2 else ():
+                if matrix.shape == (self.dim, self.classes) and matrix.dtype == features.dtype:
+                    found = functional.softmax(features @ matrix, dim=1)
+                    if torch.allclose(found, expected.to(found.dtype), rtol=1e-4, atol=1e-7):
+                        return matrix
+        return None
+
+    @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return self._net(_as_rgb(images), return_features=True)
 
@@ -120,17 +146,26 @@ class CallDetector(Detector):
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
         return self._net(_as_rgb(images), no_output_bias=True)
 
+    @torch.no_grad()
+    def outputs(self, images: torch.Tensor, names: Iterable[str]) -> Dict[str, torch.Tensor]:
+        names = set(names)
+        if names != {"features", "probabilities"} or self._readout is None:
+            return super().outputs(images, names)
+        features = self.features(images)
+        return {"features": features, "probabilities": functional.softmax(features @ self._readout, dim=1)}
+
 
 def load_detector(
     spec: str, shape: Tuple[int, int, int], device: torch.device, scores: bool = False, sha256: Optional[str] = None,
-    trust_pickle: bool = False, quiet: bool = False,
+    trust: bool = False, quiet: bool = False,
 ) -> Detector:
     """The detector that `spec` (see the module's docstring) names, ready for images of `shape` (C, H, W).
 
     Args:
         scores: make sure that it gives class probabilities.
-        sha256: what its file must have; None accepts any, except of `inception`, which is pinned.
-        trust_pickle: allow a .pkl to run its code.
+        sha256: what its file must have; None accepts any, except of `inception`, which is pinned. Consent to run a
+            TorchScript of that hash.
+        trust: consent to run a TorchScript or the code in a pickle.
     Raises:
         DetectorError: it cannot be used; one line.
         DownloadError, DownloadRefused: of a URL.
@@ -144,12 +179,15 @@ def load_detector(
     if spec == "inception":
         spec, sha256 = INCEPTION_URL, sha256 or INCEPTION_SHA256
     pickled = spec.split("?")[0].lower().endswith(".pkl")
-    if pickled and not trust_pickle:
+    if pickled and not trust:
         raise DetectorError(f"{spec}: found a pickle, which runs code when read, expected a TorchScript (.pt); "
                             "add --trust-pickle if you trust its source")
     path = _verified(_locate(spec, sha256, quiet), sha256)
-    net = _read_pickle(path, device) if pickled else _read_script(path, device)
     digest = sha256_of(path)
+    if not (trust or sha256 or digest == INCEPTION_SHA256):
+        raise DetectorError(f"{spec}: found a TorchScript, which is a program and can write files, expected consent to "
+                            f"run it; add --trust-detector, or --detector-sha256={digest}, if you trust its source")
+    net = _read_pickle(path, device) if pickled else _read_script(path, device)
     return CallDetector(net, "inception" if digest == INCEPTION_SHA256 else spec, digest, shape, device, scores)
 
 
@@ -176,20 +214,16 @@ def _read_script(path: Path, device: torch.device) -> Any:
             warnings.simplefilter("ignore")  # torch deprecates TorchScript, of which the published network is
             return torch.jit.load(str(path), map_location=device).eval()
     except Exception as error:  # torch raises several kinds for damaged files
-        found = f"no readable TorchScript ({type(error).__name__}: {_last_line(error)})"
+        found = f"{file_kind(path)}, no readable TorchScript ({type(error).__name__}: {_last_line(error)})"
         raise DetectorError(f"{path}: found {found}, expected one; get it again") from None
 
 
 def _read_pickle(path: Path, device: torch.device) -> Any:
+    """The network in a pickle that the user trusts, by the reader of trusted network pickles."""
     try:
-        with open(path, "rb") as file:
-            net = pickle.load(file)  # the user trusts it
-    except ImportError as error:
-        remedy = "put a checkout of NVlabs/edm on PYTHONPATH"
-        raise DetectorError(f"{path}: found no module {error.name}, which it needs; {remedy}") from None
-    except Exception as error:  # the code in it may raise anything
-        found = f"no readable pickle ({type(error).__name__}: {_last_line(error)})"
-        raise DetectorError(f"{path}: found {found}, expected a network; get it again") from None
+        net = load_trusted(path)[0]
+    except PickleError as error:
+        raise DetectorError(f"{path}: found {file_kind(path)} that {error}") from None
     if not callable(net):
         raise DetectorError(f"{path}: found a pickled {type(net).__name__}, expected a network; is it a detector?")
     return net.to(device).eval() if isinstance(net, torch.nn.Module) else net

@@ -1,10 +1,11 @@
-"""Moments and Inception scores of features as they come, of any number of images, on any number of processes.
+"""The metrics, as features come in: FID and FD-DINOv2 by moments, KID by features, the Inception score by sums.
 
 Symbols
 -------
 f          features of one batch, [b, d]
 n, mean    number of images so far and the mean [d] of their features, float64
 scatter    sum over the images of (f - mean)(f - mean)^T, [d, d]; cov = scatter / (n - 1)
+k          kernel of KID, (x . y / d + 1)^3
 
 Two sets with means m1, m2 have together scatter1 + scatter2 + n1 n2 / (n1 + n2) (m1 - m2)(m1 - m2)^T (Chan, Golub
 and LeVeque 1979): unlike the difference of E[f f^T] and mean mean^T, it loses no digits far from zero.
@@ -12,23 +13,28 @@ and LeVeque 1979): unlike the difference of E[f f^T] and mean mean^T, it loses n
 
 from __future__ import annotations
 
-import math
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
 
-from art_edm.metrics.detectors import Detector
-from art_edm.metrics.frechet import inception_score, plogp
-from art_edm.metrics.image_folders import ImageSet
-from art_edm.runtime.distributed import World
-from art_edm.runtime.progress import Progress
+from art_edm.metrics.frechet import frechet_distance, inception_score, plogp
+from art_edm.metrics.metric import FeatureError, Metric, Scale, merged
+from art_edm.metrics.standard_errors import GROUPS, groups_of
 
-__all__ = ["FeatureError", "Measured", "RunningMoments", "RunningScore", "check_finite", "measure_images"]
+__all__ = ["FdDino", "Fid", "InceptionScore", "Kid", "METRICS", "RunningMoments", "register"]
+
+Content = Dict[str, np.ndarray]
+_KERNEL_ROWS = 2048  # of the kernel's matrix at a time
 
 
-class FeatureError(ValueError):
-    """Features that cannot be used; the message names the image."""
+METRICS: Dict[str, Type[Metric]] = {}
+
+
+def register(metric: Type[Metric]) -> Type[Metric]:
+    """Class decorator: make a metric known by its name."""
+    METRICS[metric.name] = metric
+    return metric
 
 
 class RunningMoments:
@@ -37,120 +43,172 @@ class RunningMoments:
     def __init__(self, dim: int, device: Optional[torch.device] = None) -> None:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # only the upper triangle counts
 
     def update(self, features: torch.Tensor) -> None:
         """Add the images with features f [b, d]."""
         f = features.to(self.mean)  # float64, on the same device
-        new, total = len(f), self.count + len(f)
-        if new == 0:
-            return
-        mean = f.mean(dim=0)
-        shift = mean - self.mean  # [d]
-        rows = torch.cat([f - mean, shift[None] * math.sqrt(self.count * new / total)])  # [b + 1, d]
-        self.scatter.addmm_(rows.T, rows)
-        self.mean += shift * (new / total)
-        self.count = total
+        if len(f):
+            mean = f.mean(dim=0)
+            self.add(len(f), mean, (f - mean).T @ (f - mean))
 
-    def merge(self, world: World) -> RunningMoments:
-        """The moments of all processes' images, on each of them."""
-        counts = torch.zeros(world.size, dtype=torch.float64, device=self.mean.device)
-        counts[world.rank] = self.count
-        total = RunningMoments(len(self.mean), self.mean.device)
-        total.count = int(world.sum(counts).sum())
-        total.mean = world.sum(self.mean * (self.count / max(total.count, 1)))
-        shift = self.mean - total.mean
-        total.scatter = world.sum(self.scatter + self.count * torch.outer(shift, shift))
-        return total
+    def add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        """Add other images by their moments; to empty ones, to the same bytes."""
+        total = self.count + count
+        if total == 0:
+            return
+        shift = mean.to(self.mean) - self.mean  # [d]
+        self.scatter += scatter.to(self.scatter)
+        self.scatter.addr_(shift, shift, alpha=self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
 
     def result(self) -> Tuple[np.ndarray, np.ndarray]:
         """Mean [d] and covariance [d, d] (n - 1); at least two images."""
-        cov = (self.scatter / (self.count - 1)).cpu().numpy()
-        return self.mean.cpu().numpy(), (cov + cov.T) / 2  # a matrix product is not symmetric to the last bit
+        upper = self.scatter.triu().cpu().numpy()
+        return self.mean.cpu().numpy(), (upper + np.triu(upper, 1).T) / (self.count - 1)
 
 
-class RunningScore:
-    """Inception score of `total` images, given in batches of any order: part j of `splits` has every image i with
-    j total // splits <= i < (j + 1) total // splits."""
+@register
+class Fid(Metric):
+    """Frechet distance of the features' Gaussian to the reference's."""
 
-    def __init__(self, total: int, splits: int = 10) -> None:
-        if total < splits:
-            raise FeatureError(f"found {total} images, expected at least one per split ({splits}); lower --splits")
-        self.edges = np.arange(splits + 1) * total // splits  # [splits + 1]
-        self.sums: Optional[np.ndarray] = None  # [splits, k + 1]: of p and, last, of sum_k p log p
+    name, title = "fid", "FID"
 
-    def update(self, probabilities: torch.Tensor, indices: range) -> None:
-        """Add the images of these indices, with class probabilities p [b, k]."""
-        p = probabilities.double().cpu().numpy()
-        rows = np.column_stack([p, plogp(p).sum(axis=1)])  # [b, k + 1]
-        if self.sums is None:
-            self.sums = np.zeros((len(self.edges) - 1, rows.shape[1]))
-        np.add.at(self.sums, np.searchsorted(self.edges, np.asarray(indices), side="right") - 1, rows)
+    def __init__(self, scale: Scale) -> None:
+        super().__init__(scale)
+        self.moments = RunningMoments(scale.width, scale.device)
 
-    def merge(self, world: World, classes: int) -> RunningScore:
-        """The sums of all processes' images, on each of them."""
-        sums = np.zeros((len(self.edges) - 1, classes + 1)) if self.sums is None else self.sums
-        total = RunningScore(int(self.edges[-1]), len(self.edges) - 1)
-        total.sums = world.sum(torch.tensor(sums, device=world.device)).cpu().numpy()
-        return total
+    def update(self, values: torch.Tensor, positions: np.ndarray) -> None:
+        self.moments.update(values)
 
-    def result(self) -> Tuple[float, float]:
-        """Mean and standard deviation over the splits."""
-        return inception_score(self.sums[:, :-1], self.sums[:, -1], np.diff(self.edges))
+    def content(self) -> Content:
+        own = self.moments
+        upper = own.scatter[_triangle(len(own.mean), own.mean.device)]
+        return {"count": np.int64(own.count), "mean": own.mean.cpu().numpy(), "scatter": upper.cpu().numpy()}
 
+    def merge(self, content: Mapping[str, np.ndarray]) -> None:
+        full = torch.zeros_like(self.moments.scatter)
+        full[_triangle(len(full), full.device)] = torch.from_numpy(content["scatter"]).to(full)
+        self.moments.add(int(content["count"]), torch.from_numpy(content["mean"]), full)
 
-class Measured(NamedTuple):
-    """What `measure_images` found: of the metrics that were not asked for, None."""
+    def result(self, reference: Optional[Content] = None) -> float:
+        return frechet_distance(*self.moments.result(), reference["mu"], reference["sigma"])
 
-    moments: Optional[Tuple[np.ndarray, np.ndarray]]  # mean [d], covariance [d, d]
-    score: Optional[Tuple[float, float]]  # Inception score, its standard deviation
+    def statistics(self) -> Content:
+        return dict(zip(("mu", "sigma"), self.moments.result()))
 
 
-def check_finite(values: torch.Tensor, names: List[str]) -> torch.Tensor:
-    """`values` [b, ...] unchanged, or a FeatureError that names the first image whose values are not finite."""
-    good = torch.isfinite(values).flatten(1).all(dim=1)  # [b]
-    if not good.all():
-        name = names[int(good.logical_not().nonzero()[0])]
-        raise FeatureError(f"{name}: the detector gave NaN or infinite features, expected numbers; look at the image "
-                           "and the detector")
-    return values
+@register
+class FdDino(Fid):
+    """The same of DINOv2's features."""
+
+    name, title, detector = "fd_dinov2", "FD-DINOv2", "dinov2"
 
 
-def measure_images(
-    images: ImageSet, detector: Detector, world: World, fid: bool = True, splits: int = 0, batch: int = 64,
-    workers: int = 2, progress: Optional[Progress] = None,
-) -> Measured:
-    """Run the detector over all images, this process over its share of the batches.
+@register
+class InceptionScore(Metric):
+    """Mean over `splits` parts of the Inception score: part j has the positions from j num // splits on."""
 
-    The batches are the same for any number of processes, so that the detector rounds alike.
+    name, title, output, needs_reference = "is", "IS", "probabilities", False
 
-    Args:
-        fid: compute the moments.
-        splits: parts of the Inception score; 0 for none.
-        batch: images per batch.
-        workers: threads that read images; 0 reads them between the detector's runs.
-        progress: counts images; told by process 0, about its share times the number of processes.
-    Raises:
-        ImageError, FeatureError: naming the image; on every process.
-    """
-    device = world.device
-    moments = RunningMoments(detector.dim if fid else 0, device)
-    score = RunningScore(len(images), splits) if splits else None
-    ranges = [range(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
-    mine, done = ranges[world.rank :: world.size], 0
-    with world.phase():
-        for indices, pixels in images.batches(mine, workers):
-            x = torch.from_numpy(pixels).to(device)  # uint8 [b, C, H, W]
-            names = [images.label(i) for i in indices]
-            if fid:
-                moments.update(check_finite(detector.features(x), names))
-            if score is not None:
-                score.update(check_finite(detector.probabilities(x), names), indices)
-            done += len(indices)
-            if progress is not None:
-                progress.update(min(done * world.size, len(images)))
-            world.check()
-    return Measured(
-        moments.merge(world).result() if fid else None,
-        score.merge(world, detector.classes).result() if score is not None else None,
-    )
+    def __init__(self, scale: Scale) -> None:
+        super().__init__(scale)
+        if scale.num < scale.splits:
+            raise FeatureError(f"found {scale.num} images, expected at least one per split ({scale.splits}); lower "
+                               "--splits")
+        self.edges = np.arange(scale.splits + 1) * scale.num // scale.splits  # [splits + 1]
+        self.sums = np.zeros((scale.splits, scale.width + 2))  # of p, of sum_k p log p, and the number of images
+
+    def update(self, values: torch.Tensor, positions: np.ndarray) -> None:
+        p = values.double().cpu().numpy()
+        rows = np.column_stack([p, plogp(p).sum(axis=1), np.ones(len(p))])
+        np.add.at(self.sums, np.searchsorted(self.edges, positions, side="right") - 1, rows)
+
+    def content(self) -> Content:
+        return {"sums": self.sums}
+
+    def merge(self, content: Mapping[str, np.ndarray]) -> None:
+        self.sums = self.sums + content["sums"]
+
+    def result(self, reference: Optional[Content] = None) -> float:
+        return self._scores()[0]
+
+    def details(self) -> Dict[str, float]:
+        return {"splits_std": self._scores()[1]}
+
+    def _scores(self) -> Tuple[float, float]:
+        used = self.sums[self.sums[:, -1] > 0]
+        return inception_score(used[:, :-2], used[:, -2], used[:, -1])
+
+
+@register
+class Kid(Metric):
+    """Squared maximum mean discrepancy by the polynomial kernel, without bias: for hundreds of images."""
+
+    name, title = "kid", "KID"
+
+    def __init__(self, scale: Scale) -> None:
+        super().__init__(scale)
+        self.parts: List[Tuple[np.ndarray, np.ndarray]] = []  # positions [b] and features [b, d]
+
+    def update(self, values: torch.Tensor, positions: np.ndarray) -> None:
+        self.parts.append((np.asarray(positions), values.float().cpu().numpy()))
+
+    def content(self) -> Content:
+        empty = np.zeros(0, np.int64), np.zeros((0, self.scale.width), np.float32)
+        positions, features = (np.concatenate(part) for part in zip(empty, *self.parts))
+        order = np.argsort(positions, kind="stable")
+        return {"positions": positions[order], "features": features[order]}
+
+    def merge(self, content: Mapping[str, np.ndarray]) -> None:
+        self.parts.append((content["positions"], content["features"]))
+
+    def result(self, reference: Optional[Content] = None) -> float:
+        x, y = self.content()["features"], reference["features"]
+        return _unbiased(kernel_sums([x])[0, 0], len(x), _self_mean(y), kernel_sums([x], [y])[0, 0] / len(x) / len(y))
+
+    def statistics(self) -> Content:
+        return {"features": self.content()["features"]}
+
+    @classmethod
+    def left_out(cls, groups: Sequence[Metric], reference: Optional[Content]) -> List[float]:
+        """By sums of the kernel between twentieths of the images, each needed once; whatever `groups` there are."""
+        every, y = merged(groups).content()["features"], reference["features"]
+        if len(every) < 2 * GROUPS:
+            return []
+        x = [every[groups_of(len(every)) == j] for j in range(GROUPS)]
+        counts = np.array([len(part) for part in x])
+        within, across, mean = kernel_sums(x), kernel_sums(x, [y])[:, 0], _self_mean(y)
+        found = []
+        for j, count in enumerate(counts.sum() - counts):
+            rest = np.arange(len(x)) != j
+            found.append(_unbiased(within[np.ix_(rest, rest)].sum(), count, mean, across[rest].sum() / count / len(y)))
+        return found
+
+
+def kernel_sums(x: Sequence[np.ndarray], y: Optional[Sequence[np.ndarray]] = None) -> np.ndarray:
+    """Sums of k between the features of each pair of parts, [parts, parts]; without y, of x with x but for i = i."""
+    x = [part.astype(np.float64) / part.shape[1] ** 0.5 for part in x]
+    y = x if y is None else [part.astype(np.float64) / part.shape[1] ** 0.5 for part in y]
+    sums = np.zeros((len(x), len(y)))
+    for i, one in enumerate(x):
+        for j, other in enumerate(y):
+            for rows in np.split(one, range(_KERNEL_ROWS, len(one), _KERNEL_ROWS)):
+                sums[i, j] += ((rows @ other.T + 1) ** 3).sum()
+        if y is x:
+            sums[i, i] -= ((np.square(one).sum(axis=1) + 1) ** 3).sum()
+    return sums
+
+
+def _self_mean(y: np.ndarray) -> float:
+    return kernel_sums([y])[0, 0] / (len(y) * (len(y) - 1))
+
+
+def _unbiased(within: float, count: int, of_reference: float, across: float) -> float:
+    return float(within / (count * (count - 1)) + of_reference - 2 * across)
+
+
+def _triangle(dim: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = torch.triu_indices(dim, dim, device=device)
+    return rows, columns

@@ -19,8 +19,10 @@ from typing import Tuple
 import numpy as np
 from scipy.linalg.lapack import dpstrf
 
-__all__ = ["Moments", "factor", "frechet_distance", "inception_score", "moments", "nuclear_norm", "plogp"]
+__all__ = ["Moments", "factor", "frechet_distance", "inception_score", "moments", "negative_part", "nuclear_norm",
+           "plogp"]
 
+Moments = Tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]
 _ACCURACY = 1e-10  # relative to the norm; an upper bound, the error found is mostly 1e-14
 
 
@@ -35,7 +37,8 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
 
     Args:
         mu1, mu2: means [d].
-        cov1, cov2: symmetric covariances [d, d]; eigenvalues within rounding of zero count as zero.
+        cov1, cov2: symmetric covariances [d, d]; eigenvalues that are negative or within rounding of zero count as
+            zero (`negative_part` tells how much that is).
     Returns:
         FD >= 0, in the squared units of the features.
     Raises:
@@ -48,30 +51,50 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
 
 
 def factor(cov: np.ndarray) -> np.ndarray:
-    """F [d, r] with F F^T = cov: Cholesky's with pivoting, which ends at the rank r.
+    """F [d, r] with F F^T = cov, or the nearest positive semidefinite matrix where cov is none.
 
-    It ends where no variance is left but rounding's, d eps times the largest: roots of that would be 1e-8 each.
+    Cholesky's with pivoting, which ends at the rank r: where no variance is left but rounding's, d eps times the
+    largest (roots of that would be 1e-8 each). If more than rounding is left off the diagonal, `cov` has negative
+    eigenvalues (sums in float32, a file in float16); the Cholesky factor of such a matrix means nothing, and F comes
+    from the positive eigenvalues.
     """
     cov = np.asarray(cov, np.float64)
+    lower, order, rank, rounding = _pivoted(cov)
+    if rank < len(cov) and np.abs(cov[np.ix_(order, order)] - lower @ lower.T).max() > 4 * rounding:
+        values, vectors = np.linalg.eigh(cov)
+        return vectors[:, values > 0] * np.sqrt(values[values > 0])
+    result = np.empty((len(cov), rank))
+    result[order] = lower
+    return result
+
+
+def negative_part(cov: np.ndarray) -> float:
+    """Minus the sum of the negative eigenvalues of cov, over its trace; 0 for a covariance, up to rounding."""
+    lower, order, rank, rounding = _pivoted(cov)
+    if rank == len(cov) or np.abs(cov[np.ix_(order, order)] - lower @ lower.T).max() <= 4 * rounding:
+        return 0.0
+    values = np.linalg.eigvalsh(cov)
+    return float(-values[values < 0].sum() / np.abs(values).sum())
+
+
+def _pivoted(cov: np.ndarray) -> Tuple[np.ndarray, np.ndarray, int, float]:
+    """Lower factor [d, r] of the reordered matrix, the order [d], r, and what counts as rounding."""
     rounding = len(cov) * np.finfo(np.float64).eps * cov.diagonal().max()
     lower, order, rank, _ = dpstrf(cov, lower=1, tol=rounding)
-    result = np.empty((len(cov), rank))
-    result[order - 1] = np.tril(lower)[:, :rank]  # LAPACK counts rows from 1
-    return result
+    return np.tril(lower)[:, :rank], order - 1, rank, rounding  # LAPACK counts rows from 1
 
 
 def nuclear_norm(p: np.ndarray) -> float:
     """Sum of the singular values of P [r1, r2].
 
     They are the roots of the eigenvalues of P P^T, which take a third of the time. An eigenvalue is off by
-    about eps times the largest, its root by that over twice the root; where this matters, or an eigenvalue may
-    be nothing but rounding, P itself is used.
+    about eps times the largest, its root by that over twice the root; where this matters, P itself is used.
     """
     if min(p.shape) == 0:
         return 0.0
     squares = np.linalg.eigvalsh(p @ p.T if len(p) <= p.shape[1] else p.T @ p)  # ascending
     rounding = np.finfo(np.float64).eps * squares[-1]
-    if squares[0] > 4 * len(squares) * rounding:
+    if squares[0] > 0:
         roots = np.sqrt(squares)
         if rounding * (0.5 / roots).sum() <= _ACCURACY * roots.sum():
             return float(roots.sum())
@@ -96,5 +119,3 @@ def inception_score(totals: np.ndarray, negentropies: np.ndarray, counts: np.nda
 def plogp(p: np.ndarray) -> np.ndarray:
     """p log p, 0 at 0."""
     return p * np.log(np.where(p > 0, p, 1))
-
-Moments = Tuple[np.ndarray, np.ndarray]  # mean [d], covariance [d, d]

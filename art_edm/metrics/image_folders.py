@@ -5,8 +5,9 @@ Symbols
 name       path of an image relative to the folder, or its name in the zip; images are sorted by it
 pixels     uint8 [C, H, W], C = 1 (grey) or 3 (RGB), the same for all images
 
-Unlike there, nothing is converted silently: palettes, transparency and 16 bits are refused, and a PNG must be
-whole (its checksums are verified). Files inside hidden folders and `__MACOSX` are no images.
+Unlike there, nothing is converted silently: palettes, alpha channels and 16 bits are refused, and a PNG must be
+whole (its checksums are verified). Files inside hidden folders and `__MACOSX` are no images. Whatever a file is named,
+only `FORMATS` are decoded: others (PostScript) are programs.
 """
 
 from __future__ import annotations
@@ -19,22 +20,25 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from art_edm.runtime.files import PathLike
+from art_edm.runtime.files import PathLike, file_kind
 
-__all__ = ["Header", "ImageError", "ImageSet", "choose", "header_of", "lossy_note", "open_images", "pixels_of"]
+__all__ = ["Header", "ImageError", "ImageSet", "choose", "format_notes", "header_of", "open_images", "pixels_of"]
 
 CHANNELS = {"L": 1, "RGB": 3}
 LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000")
+FORMATS = ("PNG", "BMP", "PPM", "TIFF", "GIF", "TGA", "JPEG", "WEBP", "JPEG2000")
+TRANSPARENT = "PNG with a transparent colour"
+HEAD = 4096  # bytes that hold the header of nearly every PNG
 MAX_PIXELS = 2**27  # 384 MB as RGB
 MAX_BYTES, MAX_RATIO = 2**30, 200  # of one file in a zip; the ratio counts above 16 MB
-PNG = b"\x89PNG\r\n\x1a\n"
-_NO_EPS = {".eps", ".ps"}  # opening one runs Ghostscript
+PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
 class ImageError(ValueError):
@@ -44,7 +48,7 @@ class ImageError(ValueError):
 class Header(NamedTuple):
     """What an image file says of itself."""
 
-    format: str  # PIL's name
+    format: str  # PIL's name, or TRANSPARENT
     mode: str  # PIL's name; PNGs of 16 bits have ";16" added
     width: int
     height: int
@@ -88,11 +92,10 @@ class ImageSet:
 
     def header(self, i: int) -> Header:
         """The header of image i, which can be used; raises an ImageError otherwise."""
-        blob = self.read(i, 26)
-        if not blob.startswith(PNG):
-            blob = self.read(i)
+        with suppress(ImageError):
+            return header_of(self.read(i, HEAD))
         try:
-            return header_of(blob)
+            return header_of(self.read(i))
         except ImageError as error:
             raise ImageError(f"{self.label(i)}: {error}") from None
 
@@ -165,7 +168,7 @@ def open_images(path: PathLike, num: Optional[int] = None, seed: int = 0) -> Ima
         archive = _open_zip(path)
         names = sorted({info.filename for info in archive.infolist() if not info.is_dir()})
     else:
-        found = "another kind of file" if path.exists() else "nothing there"
+        found = file_kind(path) if path.is_file() else "nothing there"
         raise ImageError(f"{path}: found {found}, expected a folder or a .zip with images; check the name")
     extensions = _extensions()
     images = sorted(name for name in names if os.path.splitext(name)[1].lower() in extensions)
@@ -195,19 +198,22 @@ def choose(total: int, num: Optional[int], seed: int) -> np.ndarray:
     return indices
 
 
-def lossy_note(images: ImageSet, formats: Dict[str, int]) -> Optional[str]:
-    """A warning if some images have been compressed with loss; `formats` are of `ImageSet.check`."""
-    lossy = sorted(set(formats) & set(LOSSY))
-    if not lossy:
-        return None
-    others = f" among {'/'.join(sorted(set(formats) - set(LOSSY)))}" if set(formats) - set(LOSSY) else ""
-    found = f"found {'/'.join(lossy)}{others}, such as {images.label(formats[lossy[0]])}"
-    return f"{found}; compression artefacts change the FID: compare PNGs with a reference made from PNGs"
+def format_notes(images: ImageSet, formats: Dict[str, int]) -> List[str]:
+    """What the user should know of the formats of some images, which are of `ImageSet.check`."""
+    notes, lossy = [], sorted(set(formats) & set(LOSSY))
+    if lossy:
+        others = f" among {'/'.join(sorted(set(formats) - set(LOSSY)))}" if set(formats) - set(LOSSY) else ""
+        found = f"found {'/'.join(lossy)}{others}, such as {images.label(formats[lossy[0]])}"
+        notes.append(f"{found}; compression artefacts change the FID: compare PNGs with a reference made from PNGs")
+    if TRANSPARENT in formats:
+        found = f"found a {TRANSPARENT}, {images.label(formats[TRANSPARENT])}"
+        notes.append(f"{found}; the transparency is left out and the colour stays, as in EDM's own reader")
+    return notes
 
 
 def _extensions() -> set:
     Image.init()
-    return {ext for ext, name in Image.EXTENSION.items() if name in Image.OPEN} - _NO_EPS
+    return {ext for ext, name in Image.EXTENSION.items() if name in Image.OPEN}
 
 
 def _is_hidden(name: str) -> bool:
@@ -224,6 +230,9 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     for info in archive.infolist():
         name = info.orig_filename
         parts = PurePosixPath(name).parts
+        if "\\" in name and ".." not in name and not re.match(r"[/\\]|[A-Za-z]:", name):
+            raise ImageError(f"{path}: found the name {name!r} with a backslash, expected / between folders; make the "
+                             "zip again with another program")
         if ".." in parts or "\\" in name or "\0" in name or re.match(r"/|[A-Za-z]:", name):
             raise ImageError(f"{path}: found the unsafe name {name!r}, expected relative ones; make the zip again")
         large = info.file_size > 2**24 and info.file_size > MAX_RATIO * max(info.compress_size, 1)
@@ -234,20 +243,15 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def header_of(blob: bytes) -> Header:
-    """The header of an image; raises an ImageError for one that cannot be used.
-
-    A PNG's first 26 bytes are enough; they alone tell 16 bits, which PIL reduces to 8.
-    """
-    if blob.startswith(PNG) and len(blob) >= 26 and blob[12:16] == b"IHDR":
-        width, height, depth, kind = struct.unpack(">IIBB", blob[16:26])
-        mode = {0: "L" if depth > 1 else "1", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}.get(kind, f"kind {kind}")
-        head = Header("PNG", mode + (";16" if depth == 16 else ""), width, height)
-    else:
-        try:
-            with Image.open(io.BytesIO(blob)) as picture:
-                head = Header(picture.format or "?", picture.mode, *picture.size)
-        except Exception as error:  # PIL's plugins raise a dozen kinds for damaged files
-            raise ImageError(_damaged(error, blob)) from None
+    """The header of an image; raises an ImageError for one that cannot be used."""
+    try:
+        with Image.open(io.BytesIO(blob), formats=FORMATS) as picture:
+            transparent = picture.format == "PNG" and picture.mode in CHANNELS and "transparency" in picture.info
+            head = Header(TRANSPARENT if transparent else picture.format or "?", picture.mode, *picture.size)
+    except Exception as error:  # PIL's plugins raise a dozen kinds for damaged files
+        raise ImageError(_damaged(error, blob)) from None
+    if head.format == "PNG" and blob[24] == 16:  # which PIL reduces to 8
+        head = head._replace(mode="L;16" if head.mode.startswith("I") else f"{head.mode};16")
     if head.mode not in CHANNELS:
         raise ImageError(f"found mode {head.mode}, expected 8-bit grey (L) or RGB; convert the images")
     if not 0 < head.width * head.height <= MAX_PIXELS:
@@ -257,35 +261,26 @@ def header_of(blob: bytes) -> Header:
 
 def pixels_of(blob: bytes) -> np.ndarray:
     """Pixels of an image file's bytes; raises an ImageError for a damaged one."""
-    if blob.startswith(PNG):
-        _check_png(blob)
     header_of(blob)
     try:
-        with Image.open(io.BytesIO(blob)) as picture:
+        with Image.open(io.BytesIO(blob), formats=FORMATS) as picture:
+            picture.verify()  # of a PNG, the checksums up to its end, which decoding does not look at
+        if blob.startswith(PNG) and PNG_END not in blob:
+            raise ValueError("its end is missing")
+        with Image.open(io.BytesIO(blob), formats=FORMATS) as picture:
             pixels = np.asarray(picture)
     except Exception as error:  # as above
         raise ImageError(_damaged(error, blob)) from None
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _check_png(blob: bytes) -> None:
-    """Every chunk whole and with its checksum, up to IEND; PIL does not look at those of the pixels."""
-    at = len(PNG)
-    while at + 12 <= len(blob):
-        length, kind = struct.unpack(">I4s", blob[at : at + 8])
-        end = at + 12 + length
-        if end > len(blob):
-            break
-        if struct.unpack(">I", blob[end - 4 : end])[0] != zlib.crc32(blob[at + 4 : end - 4]):
-            raise ImageError(f"found a damaged PNG (checksum of {kind!r}), expected a whole one; make it again")
-        if kind == b"IEND":
-            return
-        at = end
-    raise ImageError(f"found a truncated PNG of {len(blob)} bytes, expected a whole one; make it again")
-
-
 def _damaged(error: Exception, blob: bytes) -> str:
+    if "MAX_TEXT_CHUNK" in str(error) or "MAX_TEXT_MEMORY" in str(error):
+        return "found more than 1 MB of text beside the pixels, expected an image; remove the metadata"
+    if "exceeds limit" in str(error):
+        return f"found an image too large to decode safely ({str(error).split(',')[0]}), expected fewer pixels"
     foreign = isinstance(error, UnidentifiedImageError)  # whose text names an object in memory
-    reason = "no image format" if foreign else " ".join(str(error).split())[:80]
-    reason = reason if blob else "it is empty"
-    return f"found no readable image ({reason}), expected a whole PNG; make it again"
+    if foreign and not blob.startswith(PNG):
+        return f"found {file_kind(blob)}, no readable image, expected a whole PNG; make it again"
+    reason = "no header" if foreign else " ".join(str(error).split())[:80]
+    return f"found a damaged or truncated image ({reason}), expected a whole PNG; make it again"

@@ -11,6 +11,7 @@ A standard error is one standard deviation of what it stands beside, as estimate
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -57,6 +58,15 @@ class Difference(NamedTuple):
     value: float
     stderr: Optional[float]
     basis: Optional[str]
+
+    def images_needed(self, images: int) -> Optional[int]:
+        """How many images of each would make the difference two standard errors large, which `images` gave `stderr`.
+
+        The variance falls as 1 / number; None where it is not known or the difference is 0.
+        """
+        if self.stderr is None or self.value == 0:
+            return None
+        return math.ceil(images * (2 * self.stderr / self.value) ** 2)
 
 
 def jackknife(left_out: Sequence[float]) -> float:

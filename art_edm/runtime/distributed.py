@@ -22,7 +22,7 @@ import time
 import traceback
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Iterator, Optional, Set, Tuple
+from typing import Any, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch import distributed
@@ -67,6 +67,14 @@ class World:
             with self._together():
                 distributed.broadcast_object_list(box, device=self.device)
         return box[0]
+
+    def gather(self, value: Any) -> List[Any]:
+        """The values of all processes in the order of their ranks, on every one; anything that pickles."""
+        box = [value] * self.size
+        if self.size > 1:
+            with self._together():
+                distributed.all_gather_object(box, value)
+        return box
 
     def lost(self) -> Set[int]:
         """The processes that have ended without notice, as far as this one can know."""

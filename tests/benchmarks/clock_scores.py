@@ -12,10 +12,11 @@ from typing import Any, Dict, Optional
 
 import click
 from paper.context import Lab
-from paper.tables.fid_cells import pooled
 
-from art_edm.compare.sample_cache import Samples, features
+from art_edm.compare.sample_cache import Samples, scored
 from art_edm.grids.grid import Grid
+from art_edm.metrics.metric import measure
+from art_edm.metrics.panel import Panel
 from art_edm.metrics.standard_errors import Measurement, difference
 from art_edm.runtime.distributed import ALONE
 from art_edm.runtime.files import write_json
@@ -30,9 +31,9 @@ NETWORK = "mnist"
 def measured(lab: Lab, grid: Grid, solver: str, num: int) -> Measurement:
     """LeNet-FID against the training set."""
     network = lab.network(NETWORK)
-    detector = lab.detector("lenet", network)
-    content = features(Samples(network, grid, solver, num, lab.seed), detector, lab.work())
-    return pooled([content], num, lab.reference("mnist:train", detector))
+    panel = Panel(["fid"], {"detector": lab.detector("lenet", network)})
+    found = scored(Samples(network, grid, solver, num, lab.seed), panel, lab.work(), panel.groups(num))
+    return measure([found.of["fid"]], lab.references("mnist:train", panel)["fid"])
 
 
 @click.command()

@@ -22,7 +22,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import click
 import numpy as np
 import torch
-from paper.tables.fid_cells import pooled
 from scipy.optimize import minimize
 
 from art_edm.grids.clocks import GaussianClock
@@ -32,7 +31,9 @@ from art_edm.measure.field import rms
 from art_edm.measure.sde_errors import SdeErrors, measure_stochastic
 from art_edm.metrics.detectors import load_detector
 from art_edm.metrics.frechet import moments
+from art_edm.metrics.metric import measure
 from art_edm.metrics.mnist import load_mnist
+from art_edm.metrics.panel import Accumulators, Panel
 from art_edm.metrics.standard_errors import difference
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import load_network
@@ -171,7 +172,8 @@ def lenet_fid(denoiser: Denoiser, data: Optional[Path], count: int, steps: Seque
     """LeNet-FID to MNIST's training set of ancestral samples, beta = 1, all from the same noise; less ART's, paired."""
     detector = load_detector("lenet", denoiser.img_shape, denoiser.device)
     pixels = load_mnist("train", data)[0].split(500)
-    reference = moments(torch.cat([detector.features(part[:, None]) for part in pixels]).double().numpy())
+    mean, cov = moments(torch.cat([detector.features(part[:, None]) for part in pixels]).double().numpy())
+    panel, reference = Panel(["fid"], {"detector": detector}), {"mu": mean, "sigma": cov}
     rules = grids_of(denoiser, 1.0, "ancestral")
     kept = {name: rules[name] for name in ("strong", "weak", "art", "edm")}
     grids, path = paths_of(denoiser, kept, steps)
@@ -179,8 +181,10 @@ def lenet_fid(denoiser: Denoiser, data: Optional[Path], count: int, steps: Seque
     for key, grid in grids.items():
         ends = batches(lambda part, grid=grid: sample_sde(denoiser, part, grid, path=path), latents)
         images = (ends * 127.5 + 128).clip(0, 255).to(torch.uint8)
-        features = torch.cat([detector.features(part) for part in images.split(500)]).double().numpy()
-        found[key] = pooled([{"features": features}], count, reference)
+        judged = Accumulators(panel, count, panel.groups(count))
+        for i, part in enumerate(images.split(500)):
+            judged.update(part, range(500 * i, 500 * i + len(part)), [str(key)] * len(part))
+        found[key] = measure([judged.of["fid"]], reference)
     rows = []
     for (name, k), fid in found.items():
         less = difference(fid, found["art", k], True)

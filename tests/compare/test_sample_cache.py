@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from art_edm.compare.accumulators import moments_of
-from art_edm.compare.sample_cache import Samples, Work, check_images, end_points, features
+from art_edm.compare.sample_cache import Samples, Work, check_images, end_points, scored
 from art_edm.compare.score_grids import Fine, Plan, score
 from art_edm.grids.grid import edm
 from art_edm.metrics.detectors import Detector
 from art_edm.metrics.frechet import frechet_distance, moments
+from art_edm.metrics.panel import Panel
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.loading import Network
 from art_edm.models.unet import ScoreUNet
@@ -48,6 +48,25 @@ def gaussian():
     return Network(GaussianDenoiser(MEAN, STD**2, SHAPE), "test", None)
 
 
+def panel(detector, *metrics, splits=10):
+    return Panel(metrics or ["fid"], {"detector": detector}, splits)
+
+
+def features(what, detector, how, splits=0):
+    """FID's accumulator, and with splits the Inception score's; None on processes other than 0."""
+    metrics = ["fid", "is"] if splits else ["fid"]
+    found = scored(what, panel(detector, *metrics, splits=splits), how)
+    return found and {name: groups[0] for name, groups in found.of.items()}
+
+
+def moments_of(found):
+    return tuple(found["fid"].statistics().values())
+
+
+def moments_as(mu, cov):
+    return {"fid": {"mu": mu, "sigma": cov}}
+
+
 def samples(num=150, first=0, network=None, **options):
     return Samples(network or gaussian(), GRID, "heun", num, first=first, **options)
 
@@ -78,7 +97,7 @@ def pixels_of(images):
 
 
 def test_features_are_those_of_the_rounded_exact_images(tmp_path):
-    found = features(samples(40, first=7), Linear(), work(tmp_path))["features"]
+    found = scored(samples(40, first=7), panel(Linear(), "kid"), work(tmp_path)).of["kid"][0].content()["features"]
     expected = pixels_of(expected_images(GRID, 40, first=7)) @ Linear().matrix.numpy().T
     assert np.allclose(found, expected, rtol=1e-6)
     for twin in ((40, 0), (40, 7, 1), (40, 7, 0, "euler")):  # another block, seed or solver
@@ -92,7 +111,8 @@ def test_fid_against_the_closed_form(tmp_path):
     coarse = 127.5**2 * gain(TEN) ** 2 * (STD**2 + 80**2) + 1 / 12
     reference = a @ (127.5 + 127.5 * 0.2 * ones), a @ a.T * 127.5**2 * 0.15**2
     exact = frechet_distance(a @ (127.5 + 127.5 * MEAN * ones), a @ a.T * coarse, *reference)
-    plan = Plan(gaussian(), [Choice("edm", TEN, "rule")], ("heun",), num, blocks, 0, detector, reference)
+    plan = Plan(gaussian(), [Choice("edm", TEN, "rule")], ("heun",), num, blocks, 0, panel(detector),
+                moments_as(*reference))
     (row,) = score(plan, work(tmp_path, batch=1000))
     assert abs(row["fid"] - exact) < 4 * row["fid_stderr"] < 0.1 * exact, (row["fid"], exact)
     without_gain = frechet_distance(a @ (127.5 + 127.5 * MEAN * ones), a @ a.T * 127.5**2 * STD**2, *reference)
@@ -106,7 +126,7 @@ def test_fid_against_the_closed_form(tmp_path):
 
 def test_inception_score_is_that_of_the_parts(tmp_path):
     detector = Linear(classes=3)
-    plan = Plan(gaussian(), [Choice("edm", GRID, "rule")], ("heun",), 60, 2, 0, detector, None, splits=3)
+    plan = Plan(gaussian(), [Choice("edm", GRID, "rule")], ("heun",), 60, 2, 0, panel(detector, "is", splits=3))
     (row,) = score(plan, work(tmp_path))
     expected = []
     for block in range(2):
@@ -157,17 +177,16 @@ def by_processes(folder, size, what, detector, batch):
     return content
 
 
-@pytest.mark.parametrize("dim", [3, 300])  # kept, and summed up
+@pytest.mark.parametrize("dim", [3, 300])
 def test_moments_do_not_depend_on_batches_or_processes(tmp_path, dim):
     detector = Linear(dim, classes=3)
     whole = features(samples(), detector, work(tmp_path / "whole", 1000), splits=2)
-    assert ("features" in whole) == (dim == 3)
     mu, cov = moments_of(whole)
     for size, batch in ((1, 7), (1, 64), (2, 7), (3, 64), (3, 7)):
         found = by_processes(tmp_path / f"{size} {batch}", size, samples(), detector, batch)
         assert np.allclose(moments_of(found)[0], mu, rtol=1e-9, atol=0)
         assert np.abs(moments_of(found)[1] - cov).max() <= 1e-9 * np.abs(cov).max()
-        assert np.allclose(found["score"], whole["score"], rtol=1e-9)
+        assert found["is"].result() == pytest.approx(whole["is"].result(), rel=1e-9)
     other = moments_of(features(samples(first=1), detector, work(tmp_path / "twin"), splits=2))
     assert np.abs(other[1] - cov).max() > 1e-4 * np.abs(cov).max()  # the twin: one image is another
 
@@ -200,15 +219,16 @@ def test_latents_of_a_vae_are_refused():
 def test_differences_are_to_the_first_grid_of_the_same_steps_and_solver(tmp_path):
     choices = choose_grids(["edm", "dpm"], [5, 10], gaussian().denoiser)
     reference = np.zeros(3), np.eye(3)
-    rows = score(Plan(gaussian(), choices, ("heun", "euler"), 60, 2, 0, Linear(), reference), work(tmp_path))
+    plan = Plan(gaussian(), choices, ("heun", "euler"), 60, 2, 0, panel(Linear()), moments_as(*reference))
+    rows = score(plan, work(tmp_path))
     by_key = {(row["name"], row["steps"], row["solver"]): row for row in rows}
     assert len(by_key) == 8
     for (name, steps, solver), row in by_key.items():
         base = by_key["edm", steps, solver]
         if name == "edm":
-            assert "difference" not in row
+            assert "fid_difference" not in row
             continue
         values = np.subtract(row["fid_blocks"], base["fid_blocks"])
-        assert row["difference"] == pytest.approx(values.mean())
-        assert row["difference_stderr"] == pytest.approx(abs(values[0] - values[1]) / 2)
-        assert row["difference_from"] == "paired over 2 blocks" and row["difference_to"] == "edm"
+        assert row["fid_difference"] == pytest.approx(values.mean())
+        assert row["fid_difference_stderr"] == pytest.approx(abs(values[0] - values[1]) / 2)
+        assert row["fid_difference_from"] == "paired over 2 blocks" and row["difference_to"] == "edm"

@@ -1,6 +1,7 @@
 """Comparisons of folders: numbers against direct computations, uncertainties against repetitions, and refusals."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from art_edm.compare.score_folders import Entry, Settings, blocks_of, compare, open_entries, parse_entries, pooled
+from art_edm.compare.score_folders import Entry, blocks_of, compare, open_entries, parse_entries
+from art_edm.compare.tables import lines
 from art_edm.metrics.frechet import frechet_distance, moments
+from art_edm.metrics.panel import Panel
 from art_edm.metrics.standard_errors import Measurement, difference, groups_of, jackknife
-from art_edm.runtime.distributed import World
+from art_edm.runtime.context import Context
 from art_edm.runtime.store import Store
 from tests.compare.test_sample_cache import Linear
 
@@ -24,17 +27,19 @@ def pixels(count, seed, mean=120, std=15):
 
 
 def folder(path, images, names=None):
-    path.mkdir()
     for i, image in enumerate(images):
-        Image.fromarray(image).save(path / (names[i] if names else f"{i:06d}.png"))
+        file = path / (names[i] if names else f"{i:06d}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
     return str(path)
 
 
 def run(tmp_path, entries, block=50_000, num=None, detector=None, reference=REFERENCE, splits=0):
     detector = detector or Linear(classes=3)
     sets, blocks = open_entries(entries, block, num)
-    settings = Settings(batch=16, workers=0, splits=splits)
-    return compare(entries, sets, blocks, detector, reference, Store(tmp_path / "cells"), World(), settings)
+    context = Context(store=Store(tmp_path / "cells"), batch=16)
+    panel = Panel(["fid", "is"] if splits else ["fid"], {"detector": detector}, splits)
+    return compare(entries, sets, blocks, panel, {"fid": dict(zip(("mu", "sigma"), reference))}, context, workers=0)
 
 
 def fid(images):
@@ -87,17 +92,6 @@ def test_standard_error_of_a_paired_difference_is_the_spread_of_repetitions():
     assert typical[0] == pytest.approx(spread, rel=0.15) and typical[1] > 3 * spread
 
 
-def test_pooled_moments_are_those_of_all():
-    features = np.random.default_rng(2).standard_normal((50, 4)) + 100
-    parts = [features[:7], features[7:8:], features[8:30], features[30:]]
-    parts = [parts[0], np.concatenate(parts[1:3]), parts[3]]
-    mu, cov = pooled([(len(part), moments(part)) for part in parts])
-    assert np.allclose(mu, moments(features)[0], rtol=1e-13)
-    assert np.allclose(cov, moments(features)[1], rtol=1e-10)
-    average = np.mean([moments(part)[1] for part in parts], axis=0)  # the twin
-    assert not np.allclose(average, cov, rtol=1e-3)
-
-
 # --- entries -----------------------------------------------------------------------------------------
 
 
@@ -141,21 +135,77 @@ def test_blocks_of_folders_against_direct_numbers(tmp_path):
     assert second["fid_blocks"] == pytest.approx(fids[1], rel=1e-9)
     assert second["fid"] == pytest.approx(np.mean(fids[1])) and second["fid_min"] == pytest.approx(min(fids[1]))
     apart = np.subtract(fids[1], fids[0])
-    assert second["difference"] == pytest.approx(apart.mean()) and second["difference_to"] == "one"
-    assert second["difference_stderr"] == pytest.approx(apart.std(ddof=1) / np.sqrt(3))
-    assert second["difference_from"] == "paired over 3 blocks" and "difference" not in first
+    assert second["fid_difference"] == pytest.approx(apart.mean()) and second["difference_to"] == "one"
+    assert second["fid_difference_stderr"] == pytest.approx(apart.std(ddof=1) / np.sqrt(3))
+    assert second["fid_difference_from"] == "paired over 3 blocks" and "fid_difference" not in first
     p = torch.tensor(one[:30].reshape(30, 4)[:, :3] / 20).softmax(dim=1).numpy().reshape(5, 6, 3)
     scores = np.exp((p * np.log(p / p.mean(axis=1, keepdims=True))).sum(axis=2).mean(axis=1))
     assert first["is_blocks"][0] == pytest.approx(scores.mean(), rel=1e-9)
     assert notes == [] and first["images"] == 30 and first["blocks"] == 3
 
 
-def test_other_names_are_not_paired(tmp_path):
-    names = [f"x{i:06d}.png" for i in range(60)]
+NAMES = {
+    "subdirs": lambda i: f"{i // 20 * 20:06d}/{i:06d}.png", "one top folder": lambda i: f"out/{i:06d}.png",
+    "bmp": lambda i: f"{i:06d}.bmp", "short": lambda i: f"{i}.png", "seed0001": lambda i: f"seed{i:04d}.png",
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("naming", NAMES)
+def test_images_are_paired_by_seed(tmp_path, naming, zipped):
+    """Wherever the seed's image lies; the paired error is far below the independent one."""
+    one = pixels(60, 0)
+    two = (one.astype(int) + np.random.default_rng(2).integers(0, 3, one.shape)).clip(0, 255).astype(np.uint8)
+    a, b = folder(tmp_path / "a", one), folder(tmp_path / "b", two, list(map(NAMES[naming], range(60))))
+    if zipped:
+        b = shutil.make_archive(tmp_path / "b", "zip", b)
+    flat = run(tmp_path, parse_entries([f"a={a}", f"b={folder(tmp_path / 'c', two)}"]))[0][1]
+    for block in (30, 60):
+        (first, second), notes = run(tmp_path, parse_entries([f"a={a}", f"b={b}"]), block=block)
+        assert second["fid_difference_from"].startswith("paired") and second["not_paired"] is None and not notes
+        assert second["fid_difference_stderr"] < 0.2 * np.hypot(first["fid_stderr"], second["fid_stderr"])
+    assert second["fid_difference_stderr"] == pytest.approx(flat["fid_difference_stderr"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name, reason", [
+    (lambda i: f"x{i:06d}.png", "b has names that are no seeds, or a seed twice (such as x000000.png)"),
+    (lambda i: f"{i // 30}/{i % 30:06d}.png", "b has names that are no seeds, or a seed twice (such as 0/000000.png)"),
+    (lambda i: f"{i + 1:06d}.png", "the seeds differ, such as 0"),
+])
+def test_other_names_are_not_paired_and_said_so(tmp_path, name, reason):
+    names = list(map(name, range(60)))
     a, b = folder(tmp_path / "a", pixels(60, 0)), folder(tmp_path / "b", pixels(60, 1), names)
-    (first, second), _ = run(tmp_path, parse_entries([f"a={a}", f"b={b}"]), block=30)
-    assert second["difference_from"] == "independent"
-    assert second["difference_stderr"] == pytest.approx(np.hypot(first["fid_stderr"], second["fid_stderr"]))
+    (first, second), notes = run(tmp_path, parse_entries([f"a={a}", f"b={b}"]), block=30)
+    assert second["fid_difference_from"] == "independent" and second["not_paired"].endswith(reason)
+    assert second["fid_difference_stderr"] == pytest.approx(np.hypot(first["fid_stderr"], second["fid_stderr"]))
+    assert notes == [f"b and a are not paired: {second['not_paired']}"]
+    shown = lines([first, second])
+    assert shown[0].endswith("pairing") and shown[2].endswith(f"not paired: {second['not_paired']}")
+    assert second["fid_images_paired"] is None
+
+
+def test_images_needed_are_those_that_make_the_difference_two_standard_errors(tmp_path):
+    """Of folders that differ a little: with as many images as is said, the error is half of the difference."""
+    one = pixels(400, 0)
+    two = (one.astype(int) + np.random.default_rng(2).integers(-3, 5, one.shape)).clip(0, 255).astype(np.uint8)
+    entries = parse_entries([f"a={folder(tmp_path / 'a', one)}", f"b={folder(tmp_path / 'b', two)}"])
+    row = run(tmp_path, entries)[0][1]
+    gap, error = row["fid_difference"], row["fid_difference_stderr"]
+    assert row["fid_images_paired"] == np.ceil(400 * (2 * error / gap) ** 2)
+    assert row["fid_images_unpaired"] > 10 * row["fid_images_paired"] > 0
+    needed = row["fid_images_paired"]
+    fewer = [run(tmp_path / str(i), parts_of(tmp_path / str(i), one, two, i, needed))[0][1] for i in range(3)]
+    ratios = [part["fid_difference"] / part["fid_difference_stderr"] for part in fewer]
+    assert 1 < np.mean(ratios) < 4
+    assert difference(Measurement([1.0]), Measurement([2.0]), True).images_needed(9) is None
+
+
+def parts_of(path, one, two, i, needed):
+    """Folders of the i-th `needed` images."""
+    path.mkdir()
+    count = max(needed, 40)
+    return parse_entries([f"{name}={folder(path / name, images[i * count : (i + 1) * count])}"
+                          for name, images in (("a", one), ("b", two))])
 
 
 def test_a_single_block_has_a_jackknife(tmp_path):
@@ -174,7 +224,7 @@ def test_differences_are_to_the_first_name_at_the_same_nfe(tmp_path):
                enumerate([("edm", 9), ("edm", 35), ("art", 35), ("art", 69)])]
     rows, _ = run(tmp_path, entries, block=20)
     assert [row.get("difference_to") for row in rows] == [None, None, "edm", None]
-    assert rows[2]["difference"] == pytest.approx(rows[2]["fid"] - rows[1]["fid"])
+    assert rows[2]["fid_difference"] == pytest.approx(rows[2]["fid"] - rows[1]["fid"])
 
 
 def test_statistics_are_kept_until_a_file_changes(tmp_path):

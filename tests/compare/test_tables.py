@@ -17,7 +17,7 @@ ROWS = [
     {"name": "edm", "steps": 5, "nfe": 9, "images": 100, "blocks": 5, "fid": 3.14159, "fid_stderr": 0.0213,
      "fid_min": 3.1, "fid_blocks": [3.1, 3.2], "origin": "rule"},
     {"name": "a|b", "steps": 5, "nfe": 9, "images": 100, "blocks": 5, "fid": 30.0, "fid_stderr": 12.3, "fid_min": 20.0,
-     "difference": 26.9, "difference_stderr": 1.26, "origin": "resampled from 18"},
+     "fid_difference": 26.9, "fid_difference_stderr": 1.26, "origin": "resampled from 18"},
     {"name": "edm", "steps": 9, "nfe": 17, "images": 100, "blocks": 5, "fid": 2.5, "fid_stderr": None, "fid_min": 2.5},
 ]
 
@@ -29,9 +29,9 @@ def test_text_shows_as_many_digits_as_are_known():
         "a|b   5  9    5 x 100  30 +- 12        20     +26.9 +- 1.3  resampled from 18",
         "edm   9  17   5 x 100  2.5             2.5",
     ]
-    negative = {**ROWS[1], "difference": -0.123, "difference_stderr": 0.05}
+    negative = {**ROWS[1], "fid_difference": -0.123, "fid_difference_stderr": 0.05}
     assert "-0.123 +- 0.050" in tables.lines([negative])[1]
-    assert "+0 +- 0" in tables.lines([{**ROWS[1], "difference": 0.0, "difference_stderr": 0.0}])[1]
+    assert "+0 +- 0" in tables.lines([{**ROWS[1], "fid_difference": 0.0, "fid_difference_stderr": 0.0}])[1]
     assert "min" not in tables.lines([{**ROWS[0], "blocks": 1}])[0]
 
 
@@ -45,7 +45,7 @@ def test_csv_and_json_hold_all_digits(tmp_path):
     tables.write(tmp_path / "t.csv", ROWS, {})
     rows = list(csv.DictReader(open(tmp_path / "t.csv", newline="")))
     assert [float(row["fid"]) for row in rows] == [3.14159, 30, 2.5] and rows[1]["name"] == "a|b"
-    assert rows[0]["difference"] == "" and "fid_blocks" not in rows[0]
+    assert rows[0]["fid_difference"] == "" and "fid_blocks" not in rows[0]
     tables.write(tmp_path / "t.json", ROWS, {"seed": 3})
     assert json.loads((tmp_path / "t.json").read_text()) == {"seed": 3, "rows": ROWS}
 

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from art_edm.metrics.frechet import factor, frechet_distance, inception_score, moments, nuclear_norm, plogp
+from art_edm.metrics.frechet import (
+    factor,
+    frechet_distance,
+    inception_score,
+    moments,
+    negative_part,
+    nuclear_norm,
+    plogp,
+)
 
 
 def data(seed, rows, d, decades=2.0):
@@ -109,6 +117,57 @@ def test_against_sqrtm(d):
     exact = np.square(mu1 - mu2).sum() + np.trace(cov1 + cov2 - 2 * root)
     assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(exact, rel=1e-9)
     assert frechet_distance(mu1, cov1, mu2, cov2 * (1 + 1e-6)) != pytest.approx(exact, rel=1e-9)
+
+
+def bent(seed, shift, d=128, n=500):
+    """Features whose variances fall off as Inception's do, in single precision."""
+    basis = np.random.RandomState(7).randn(d, d) / d**0.5 / np.arange(1, d + 1)[:, None]
+    return np.maximum(0, np.random.RandomState(seed).randn(n, d) @ basis + shift).astype(np.float32)
+
+
+def half(x):
+    return moments(x)[1].astype(np.float16).astype(np.float64)
+
+
+def summed_in_single(x):
+    """E[f f^T] - mean mean^T in float32, the features far from zero."""
+    x = x + np.float32(2)
+    mean = x.mean(0)
+    cov = (x.T @ x - len(x) * np.outer(mean, mean)) / np.float32(len(x) - 1)
+    return (cov.astype(np.float64) + cov.T) / 2
+
+
+def cholesky_alone(mu1, cov1, mu2, cov2):
+    """Twin: the pivoted Cholesky factors whatever they are worth."""
+    factors = []
+    for cov in (cov1, cov2):
+        lower, order, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
+        factors.append(np.empty((len(cov), rank)))
+        factors[-1][order - 1] = np.tril(lower)[:, :rank]
+    return np.square(mu1 - mu2).sum() + np.trace(cov1 + cov2) - 2 * nuclear_norm(factors[0].T @ factors[1])
+
+
+@pytest.mark.parametrize("spoil", [half, summed_in_single])
+def test_a_covariance_with_negative_eigenvalues(spoil):
+    reference, (mu, cov) = moments(bent(1, 0.3)), moments(bent(2, 0.32))
+    exact, spoilt = frechet_distance(*reference, mu, cov), spoil(bent(2, 0.32))
+    assert np.linalg.eigvalsh(spoilt)[0] < -1e-9 < 0 < negative_part(spoilt) and negative_part(cov) == 0
+    assert frechet_distance(*reference, mu, spoilt) == pytest.approx(exact, rel=1e-3)
+    assert frechet_distance(mu, spoilt, *reference) == pytest.approx(exact, rel=1e-3)
+    values = np.linalg.eigvalsh(spoilt)
+    assert negative_part(spoilt) == pytest.approx(-values[values < 0].sum() / np.trace(spoilt), rel=1e-2)
+    if spoil is half:
+        assert cholesky_alone(*reference, mu, spoilt) != pytest.approx(exact, rel=3e-3)
+    for rank in (0, 1, 10, 24):
+        assert negative_part(turned([*range(1, rank + 1), *[0] * (24 - rank)], 8)) == 0  # rounding is no such part
+
+
+def test_an_eigenvalue_below_zero_is_no_root():
+    """A product without full rank, whose least squares are rounding of either sign."""
+    p = np.random.default_rng(1).standard_normal((30, 4)) @ np.random.default_rng(2).standard_normal((4, 30))
+    assert np.linalg.eigvalsh(p @ p.T)[0] < 0
+    with np.errstate(all="raise"):
+        assert nuclear_norm(p) == pytest.approx(np.linalg.svd(p, compute_uv=False).sum(), rel=1e-12)
 
 
 @pytest.mark.parametrize("part", range(4))

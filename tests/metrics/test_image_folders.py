@@ -9,10 +9,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from art_edm.metrics import image_folders as module
-from art_edm.metrics.image_folders import ImageError, choose, lossy_note, open_images, pixels_of
+from art_edm.metrics.image_folders import ImageError, choose, format_notes, open_images, pixels_of
 
 
 def draw(i, size=(6, 5), channels=3):
@@ -60,7 +60,7 @@ def test_order_and_pixels(folder, tmp_path, zipped, workers):
     assert images.names == ORDER and images.shape == (3, 5, 6)
     expected = np.stack([draw(i).transpose(2, 0, 1) for i in DRAWN])
     assert (loaded(images, workers) == expected).all() and (loaded(images, workers) != expected[::-1]).any()
-    assert images.check(range(5)) == {"PNG": 0} and lossy_note(images, {"PNG": 0}) is None and images.notes == []
+    assert images.check(range(5)) == {"PNG": 0} and format_notes(images, {"PNG": 0}) == [] and images.notes == []
 
 
 def test_grey(tmp_path):
@@ -106,7 +106,7 @@ def test_no_images_or_too_few(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("x")
     for path, message in ((tmp_path / "empty", "found no images"), (tmp_path / "none", "found nothing there"),
-                          (tmp_path / "text.txt", "another kind of file")):
+                          (tmp_path / "text.txt", "found a file of unknown kind, expected a folder")):
         with pytest.raises(ImageError, match=message):
             open_images(path)
     with pytest.raises(ImageError, match="found 5 images, expected at least 6; generate more, or lower --num"):
@@ -182,28 +182,64 @@ def test_every_truncation_of_a_png_is_found(folder):
 def test_no_image_is_named(folder, content, suffix):
     (folder / f"bad.{suffix}").write_bytes(content)
     images = open_images(folder)
-    with pytest.raises(ImageError, match=f"bad.{suffix}: found no readable image .*expected a whole PNG"):
+    with pytest.raises(ImageError, match=f"bad.{suffix}: found .*, no readable image, expected a whole PNG"):
         images.check(range(len(images)))
     assert len(str(pytest.raises(ImageError, images.load, images.names.index(f"bad.{suffix}")).value).splitlines()) == 1
 
 
 def test_an_image_of_too_many_pixels(folder):
     (folder / "big.png").write_bytes(png(50000, 50000, 8, 2, b""))
-    with pytest.raises(ImageError, match="big.png: found 50000x50000 pixels"):
+    with pytest.raises(ImageError, match="big.png: found an image too large to decode safely .*2500000000 pixels"):
         open_images(folder).check(range(6))
 
 
 def test_jpegs_are_noted_with_the_reason(folder):
     save(folder / "photo.jpg", 9)
     images = open_images(folder)
-    note = lossy_note(images, images.check(range(6)))
+    (note,) = format_notes(images, images.check(range(6)))
     assert "JPEG among PNG, such as" in note and "photo.jpg; compression artefacts change the FID" in note
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 5\n%%EndComments\n(x) print\n%%EOF\n"
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_postscript_named_png_starts_no_program(folder, tmp_path, monkeypatch, zipped):
+    (folder / "top.png").write_bytes(POSTSCRIPT)
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
+    images = open_images(pack(folder, tmp_path / "s.zip") if zipped else folder)
+    for use in (lambda: images.check(range(5)), lambda: images.load(4)):
+        with pytest.raises(ImageError, match="top.png: found .*, no readable image"):
+            use()
+    assert not started
+    with Image.open(folder / "top.png") as picture:  # the twin: any format that PIL knows
+        with pytest.raises((AttributeError, AssertionError)):  # no picture comes of it
+            picture.load()
+    assert started
+
+
+def test_metadata_and_transparency(folder):
+    """Text before the pixels of any size up to PIL's limit, and a colour that counts as transparent."""
+    note, long = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+    note.add_text("k", "x" * 50_000)
+    long.add_text("k", "x" * 2_000_000, zip=True)
+    Image.fromarray(draw(3)).save(folder / "top.png", pnginfo=note)
+    Image.fromarray(draw(2)).save(folder / "b" / "1.PNG", transparency=(0, 0, 0), format="png")
+    images = open_images(folder)
+    (found,) = format_notes(images, images.check(range(5)))
+    assert "found a PNG with a transparent colour, " in found and "b/1.PNG; the transparency is left out" in found
+    assert (images.load(4) == draw(3).transpose(2, 0, 1)).all() and (images.load(2) == draw(2).transpose(2, 0, 1)).all()
+    Image.fromarray(draw(3)).save(folder / "top.png", pnginfo=long)
+    for use in (lambda: images.check(range(5)), lambda: images.load(4)):
+        with pytest.raises(ImageError, match="top.png: found more than 1 MB of text .*; remove the metadata"):
+            use()
 
 
 # --- zips --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "a/../../b.png", "C:/a.png", "a\\b.png", "..\\a.png"])
+@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "a/../../b.png", "C:/a.png", "..\\a.png", "\\a.png"])
 def test_unsafe_names_in_a_zip(folder, tmp_path, name):
     target = pack(folder, tmp_path / "s.zip")
     assert len(open_images(target)) == 5
@@ -212,6 +248,17 @@ def test_unsafe_names_in_a_zip(folder, tmp_path, name):
         info.filename = name
         archive.writestr(info, b"x")
     with pytest.raises(ImageError, match="found the unsafe name"):
+        open_images(target)
+
+
+def test_a_zip_with_backslashes_is_named(folder, tmp_path):
+    """Of an old Windows program: its folders would be parts of names, and the order another one."""
+    target = pack(folder, tmp_path / "s.zip")
+    with zipfile.ZipFile(target, "a") as archive:
+        info = zipfile.ZipInfo("xxx")
+        info.filename = "a\\b.png"
+        archive.writestr(info, b"x")
+    with pytest.raises(ImageError, match="with a backslash, expected / between folders; make the zip again"):
         open_images(target)
 
 

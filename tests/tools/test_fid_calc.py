@@ -89,20 +89,21 @@ def test_calc_and_its_record(work):
     p = torch.softmax(torch.from_numpy(features(work / "a")) @ p, dim=1).numpy()
     parts = [p[50 * j // 4 : 50 * (j + 1) // 4] for j in range(4)]
     scores = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts]
-    assert record["inception_score"] == pytest.approx(np.mean(scores), rel=1e-9)
-    assert record["inception_score_std"] == pytest.approx(np.std(scores), rel=1e-9)
+    assert record["is"] == pytest.approx(np.mean(scores), rel=1e-9)
+    assert record["is_splits_std"] == pytest.approx(np.std(scores), rel=1e-9)
     assert (record["num_images"], record["seed"], record["features"], record["image_shape"]) == (50, 0, DIM, [3, 6, 6])
     reference = record["reference"]
     assert reference["num_images"] == 60 and reference["detector_sha256"] == record["detector_sha256"]
-    assert len(record["notes"]) == 1 and "fewer than 2048" in record["notes"][0]
+    assert ["found 60 images behind the reference" in note for note in record["notes"]] == [True, False]
+    assert record["notes"][1].startswith("found 50 images, fewer than 2048")
 
 
 def test_what_is_printed(work):
     result = run(work, "calc", "--images=a", "--ref=b.npz", "--num=50")
     assert result.stdout == f"{fid_of(work)['fid']:g}\n"  # the number alone, as upstream
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("note: found 50 images, fewer than 2048")
+    assert result.stderr.splitlines()[1].startswith("note: found 50 images, fewer than 2048")
     both = run(work, "calc", "--images=a", "--metrics=is", "--num=50")
-    assert both.stdout.startswith("Inception score ") and both.exit_code == 0  # no --ref needed
+    assert both.stdout.startswith("IS ") and both.exit_code == 0  # no --ref needed
 
 
 @pytest.mark.parametrize("args", [["--batch=1"], ["--batch=7", "--workers=0"], ["--batch=50", "--workers=5"]])
@@ -163,7 +164,7 @@ def test_processes_change_nothing(work, processes):
     done = torchrun(work, processes, "--images=a", "--metrics=fid,is", "--out=many.json")
     assert done.returncode == 0, done.stderr
     one, many = fid_of(work, "--metrics=fid,is"), json.loads((work / "many.json").read_text())
-    for key in ("fid", "inception_score", "inception_score_std"):
+    for key in ("fid", "is", "is_splits_std"):
         assert many[key] == pytest.approx(one[key], rel=1e-9)
     assert many["processes"] == processes and done.stdout.count("\n") == 2  # printed once
 
@@ -177,7 +178,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(work):
     done = torchrun(work, 2, "--images=bad")
     assert done.returncode != 0 and done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1 and "005.png: found a truncated PNG" in lines[0]
+    assert len(lines) == 1 and "005.png: found a damaged or truncated image" in lines[0]
     assert "art_edm" not in done.stderr and "exitcode" in done.stderr  # no traceback of ours; the rest is torchrun's
 
 
@@ -216,7 +217,8 @@ def text(folder):
 
 @pytest.mark.parametrize("change, parts", [
     (grey, ["010.png, 6x6 L, and ", "000.png, 6x6 RGB"]), (larger, ["010.png, 6x7 RGB, and ", "000.png, 6x6 RGB"]),
-    (cut, ["010.png: found a truncated PNG"]), (text, ["010.png: found no readable image"]),
+    (cut, ["010.png: found a damaged or truncated image"]),
+    (text, ["010.png: found a file of unknown kind, no readable image"]),
     (lambda folder: [path.unlink() for path in folder.iterdir()], ["found no images"]),
     (lambda folder: (folder / "049.png").unlink(), ["found 49 images, expected at least 50"]),
 ], ids=["mode", "size", "truncated", "corrupt", "none", "too few"])
@@ -238,11 +240,12 @@ def test_a_jpeg_among_pngs_is_a_note(work):
 
 @pytest.mark.parametrize("args, parts", [
     (["--ref=none.npz"], ["cannot read none.npz"]), (["--images=x"], ["x: found nothing there"]),
-    (["--metrics=fid,kid"], ["found 'kid', expected fid or is"]),
+    (["--metrics=fid,prdc"], ["found 'prdc', expected fid, fd_dinov2, is, kid"]),
+    (["--metrics=fid,kid"], ["b.npz has statistics for fid, not for kid"]),
     (["--metrics=is", "--splits=51"], ["found 50 images, expected at least one per split (51)"]),
     (["--out=no/o.json"], ["no folder no"]), (["--device=abacus"], ["cannot use --device=abacus"]),
     (["--detector-sha256=00"], ["net.pkl: found SHA-256", "expected 00"]),
-], ids=["ref", "images", "metrics", "splits", "out", "device", "hash"])
+], ids=["ref", "images", "metrics", "reference", "splits", "out", "device", "hash"])
 def test_options_that_cannot_be_used(work, args, parts):
     result = calc(work, *args)
     lines = result.stderr.splitlines()

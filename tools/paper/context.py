@@ -18,12 +18,13 @@ from art_edm.compare.sample_cache import Work
 from art_edm.compare.score_grids import mnist_reference
 from art_edm.learning.config import PRESETS, TrainConfig
 from art_edm.metrics.detectors import INCEPTION_URL, Detector, load_detector
-from art_edm.metrics.frechet import Moments
+from art_edm.metrics.feature_stats import METRICS
+from art_edm.metrics.panel import Panel
 from art_edm.metrics.references import load_reference
 from art_edm.models.loading import Network, load_network
 from art_edm.runtime.distributed import World
 from art_edm.runtime.progress import GracefulStop
-from art_edm.runtime.store import Store
+from art_edm.runtime.store import Content, Store
 from paper.kept_runs import Run, learn
 
 __all__ = ["INCEPTION", "Lab", "address_of"]
@@ -112,17 +113,17 @@ class Lab:
         if name != "lenet":
             name = str(self.file(INCEPTION) or INCEPTION)
             shape = (3, shape[1], shape[2])
-        return load_detector(name, shape, self.device, scores, quiet=True)
+        return load_detector(name, shape, self.device, scores, trust=self.trust, quiet=True)
 
-    def reference(self, name: str, detector: Detector) -> Moments:
-        """Moments of a data set's features: mnist:train, or an official file."""
+    def references(self, name: str, panel: Panel) -> Dict[str, Content]:
+        """Metric -> statistics of a data set: mnist:train, or an official file."""
         if name == "mnist:train":
-            return mnist_reference("train", detector, self.device, self.store, self.mnist)
+            return mnist_reference("train", panel, self.device, self.store, self.mnist)
         reference = load_reference(str(self.file(name) or name), quiet=True)
-        if reference.dim != detector.dim:
-            raise ValueError(f"{name} has {reference.dim} features, {detector.name} gives {detector.dim}; expected "
-                             f"the same detector: get both again from {address_of(name)} and {INCEPTION_URL}")
-        return reference.mu, reference.cov
+        for metric in panel.metrics:
+            detector = panel.detectors[METRICS[metric].detector]
+            reference.notes_for(metric, detector.name, detector.sha256, detector.dim)
+        return {metric: reference.of(metric) for metric in panel.metrics}
 
     def run(self, network: Network, **settings: object) -> Run:
         """A run of ART-RL by the default recipe but for `settings`; kept."""

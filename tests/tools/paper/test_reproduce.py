@@ -22,7 +22,6 @@ from paper.run_all import lacking
 from paper.tables import table1
 from paper.tables.ablations import first_below, fixed_variance
 from paper.tables.empirical_fields import cifar10_images, empirical
-from paper.tables.fid_cells import pooled, pooled_moments
 from paper.tables.fid_tables import _fitted, grids_of
 from paper.tables.table1 import _measure, limit, noise_free, quantile_means, run_oned, training_steps
 from PIL import Image
@@ -32,7 +31,6 @@ from scipy.stats import norm
 from art_edm.grids.clocks import make_clock
 from art_edm.grids.grid import Grid, edm, read_off, resample
 from art_edm.learning.config import PRESETS
-from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.models.analytic import one_dimensional
 from art_edm.runtime.distributed import World
 from art_edm.runtime.errors import Stopped
@@ -156,38 +154,6 @@ def test_a_stopped_run_leaves_its_checkpoint_and_ends_with_the_same_bytes(lab, m
     continued, straight = other.run(network, **settings), lab.run(network, **settings)
     assert continued.grid(9) == straight.grid(9) != whole.grid(9)
     assert not list(other.store.folder.glob("*.unfinished"))
-
-
-# --- pooled figures ----------------------------------------------------------------------------------
-
-
-def test_pooled_moments_are_those_of_all_images():
-    rng = np.random.default_rng(0)
-    blocks = [rng.normal(loc=i, size=(n, 4)) for i, n in enumerate((5, 9, 30))]
-    mean, cov = pooled_moments([(len(block), *moments(block)) for block in blocks])
-    exact = moments(np.concatenate(blocks))
-    assert mean == pytest.approx(exact[0], rel=1e-12) and cov == pytest.approx(exact[1], rel=1e-12)
-    assert np.abs(np.mean([moments(block)[1] for block in blocks], axis=0) - exact[1]).max() > 0.1
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_pooled_fid_and_its_jackknife(kept):
-    rng = np.random.default_rng(1)
-    blocks = [rng.normal(size=(40, 3)) for _ in range(5)]
-    reference = (np.full(3, 0.5), np.eye(3))
-    if kept:
-        contents = [{"features": block} for block in blocks]
-        parts = [np.delete(np.concatenate(blocks), np.s_[j::20], axis=0) for j in range(20)]
-    else:
-        upper = np.triu_indices(3)
-        contents = [{"mu": moments(block)[0], "cov": moments(block)[1][upper]} for block in blocks]
-        parts = [np.concatenate(blocks[:j] + blocks[j + 1:]) for j in range(5)]
-    found = pooled(contents, 40, reference)
-    left = [frechet_distance(*moments(part), *reference) for part in parts]
-    g = len(left)
-    assert found.mean == pytest.approx(frechet_distance(*moments(np.concatenate(blocks)), *reference), rel=1e-10)
-    assert found.stderr == pytest.approx(math.sqrt((g - 1) / g * np.square(left - np.mean(left)).sum()), rel=1e-8)
-    assert found.mean < np.mean([frechet_distance(*moments(block), *reference) for block in blocks])  # less bias
 
 
 def test_a_foreign_grid_keeps_its_interior(lab):

@@ -24,12 +24,13 @@ from paper.report import read_results
 from paper.tables import latents as latent_images
 from paper.tables.transfer import Fine, endpoint
 
-from art_edm.compare.sample_cache import Samples, features
+from art_edm.compare.sample_cache import Samples, scored
 from art_edm.grids.grid import edm, resample
 from art_edm.learning.config import PRESETS
 from art_edm.metrics.detectors import CallDetector
 from art_edm.metrics.frechet import frechet_distance, moments
-from art_edm.metrics.references import save_reference
+from art_edm.metrics.panel import Panel
+from art_edm.metrics.references import load_reference, save_reference
 from art_edm.models.loading import load_network
 from art_edm.runtime.distributed import World
 from art_edm.runtime.store import Store
@@ -71,7 +72,7 @@ def networks(tmp_path_factory):
     torch.jit.script(Pooled()).save(str(folder / INCEPTION))
     true = Pooled()(to_pixels(spots(2000, 1234)[0]).reshape(-1, 3, 8, 8), return_features=True).double().numpy()
     for name in {item.reference for item in TABLES.values() if item.official}:
-        save_reference(folder / name, *moments(true), 2000, {})
+        save_reference(folder / name, {"fid": dict(zip(("mu", "sigma"), moments(true)))}, 2000, {})
     return folder
 
 
@@ -101,10 +102,9 @@ def independent(lab, network, grid, reference, solver="heun"):
     images = generate(net, supported(net, grid), solver, NUM, batch=NUM).reshape(NUM, *net.img_shape)
     pixels = decoded(images.float()) if network == XS else to_pixels(images).reshape(images.shape)
     found = Pooled()(pixels, return_features=True).double().numpy()
-    from art_edm.metrics.references import load_reference
 
-    exact = load_reference(str(lab.networks / reference))
-    return frechet_distance(*moments(found), exact.mu, exact.cov)
+    exact = load_reference(str(lab.networks / reference)).of("fid")
+    return frechet_distance(*moments(found), exact["mu"], exact["sigma"])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -202,13 +202,14 @@ def test_latents_are_decoded_before_they_become_pixels(done, tmp_path):
     assert (pixels[:, :, ::8, ::8].float() - colours.floor()).abs().max() <= 1
     samples = Samples(network, edm(2, 0.002, 80), "euler", 6)
     seen = [CallDetector(Pooled(), "d", digit * 64, (3, 8, 8), torch.device("cpu")) for digit in "01"]
-    found = latent_images.latent_features(samples, seen[0], lab.work(), decode)["features"]
-    inverted = latent_images.latent_features(samples, seen[1], lab.work(), lambda x: 255 - decode(x))["features"]
+    kept = lambda detector, decode: scored(samples, Panel(["kid"], {"detector": detector}), lab.work(), 1, decode).of[
+        "kid"][0].content()["features"]
+    found, inverted = kept(seen[0], decode), kept(seen[1], lambda x: 255 - decode(x))
     images = generate(network.denoiser, edm(2, 0.002, 80), "euler", 6).reshape(6, 4, 8, 8)
     exact = Pooled()(decoded(images.float()), return_features=True).numpy()
     assert found == pytest.approx(exact, abs=1e-4) and np.abs(inverted - found).max() > 0.01
     with pytest.raises(Exception, match="6x256 and 192x6"):  # of latents, the detector can make nothing
-        features(samples, CallDetector(StandIn(192, 6), "d", "2" * 64, (3, 8, 8), torch.device("cpu")), lab.work())
+        kept(CallDetector(StandIn(192, 6), "d", "2" * 64, (3, 8, 8), torch.device("cpu")), None)
     assert latent_images.decoder_of(CIFAR, lab) is None
 
 

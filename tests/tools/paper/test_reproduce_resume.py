@@ -118,7 +118,8 @@ def whole(tmp_path_factory):
     (folder / "networks").mkdir()
     rng = np.random.default_rng(0)
     factor = rng.normal(size=(84, 84))
-    save_reference(folder / "networks" / "ref.npz", rng.normal(size=84), factor @ factor.T, 1000, {})
+    statistics = {"mu": rng.normal(size=84), "sigma": factor @ factor.T}
+    save_reference(folder / "networks" / "ref.npz", {"fid": statistics}, 1000, {})
     (folder / "networks" / "inception-2015-12-05.pt").write_bytes(b"not needed for LeNet")
     assert reproduce(folder / "whole") == 0
     return folder

@@ -19,6 +19,7 @@ from paper.tables.fid_tables import END_POINTS, _comparisons, ratio
 from art_edm.grids.grid import edm
 from art_edm.metrics.detectors import CallDetector
 from art_edm.metrics.frechet import frechet_distance, moments
+from art_edm.metrics.panel import Panel
 from art_edm.metrics.standard_errors import Measurement
 from art_edm.runtime.distributed import World
 from art_edm.runtime.store import Store
@@ -35,8 +36,9 @@ def bench(tmp_path):
     lab = Lab(Store(tmp_path / "cells"), World(), tmp_path / "out")
     rng = np.random.default_rng(0)
     detector = CallDetector(StandIn(192, 5), "small", "0" * 64, (1, 8, 8), torch.device("cpu"))
-    reference = moments(rng.normal(1, 2, size=(300, 5)))
-    return Bench(ITEM, lab.network("gaussian:0.5"), detector, reference, None, lab, lab.work())
+    references = {"fid": dict(zip(("mu", "sigma"), moments(rng.normal(1, 2, size=(300, 5)))))}
+    panel = Panel(["fid"], {"detector": detector})
+    return Bench(ITEM, lab.network("gaussian:0.5"), panel, references, None, lab, lab.work())
 
 
 def images(bench, grid, solver, num=48):
@@ -45,7 +47,7 @@ def images(bench, grid, solver, num=48):
 
 def fid(bench, points):
     found = bench.detector.features(to_pixels(points).reshape(-1, 1, 8, 8)).double().numpy()
-    return frechet_distance(*moments(found), *bench.reference)
+    return frechet_distance(*moments(found), *bench.references["fid"].values())
 
 
 def test_a_cell_is_scored_and_set_against_the_fine_solution_from_the_same_noise(bench):
@@ -66,9 +68,9 @@ def test_yardsticks_are_the_floor_and_as_many_test_images(bench, monkeypatch):
     floor, test = found.values()
     assert floor[0] == pytest.approx(fid(bench, images(bench, edm(6, 0.002, 80), "heun")), rel=1e-8)
     features = bench.detector.features(pixels[:48, None]).double().numpy()
-    assert test[0] == pytest.approx(frechet_distance(*moments(features), *bench.reference), rel=1e-8)
+    assert test[0] == pytest.approx(frechet_distance(*moments(features), *bench.references["fid"].values()), rel=1e-8)
     every = bench.detector.features(pixels[:, None]).double().numpy()  # more images have another bias
-    assert test[0] != pytest.approx(frechet_distance(*moments(every), *bench.reference), rel=1e-3)
+    assert test[0] != pytest.approx(frechet_distance(*moments(every), *bench.references["fid"].values()), rel=1e-3)
     assert all(stderr > 0 for _, stderr in found.values())
     monkeypatch.setattr(image_cells, "load_mnist", lambda *args: pytest.fail("computed again"))
     assert bench.yardsticks() == found

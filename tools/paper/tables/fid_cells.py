@@ -15,30 +15,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from art_edm.compare.accumulators import moments_of, score_of
-from art_edm.compare.sample_cache import Samples, Work, end_points, features
+from art_edm.compare.accumulators import Decode
+from art_edm.compare.sample_cache import Samples, Scored, Work, end_points, scored
 from art_edm.grids.grid import Grid
 from art_edm.metrics.detectors import Detector
 from art_edm.metrics.end_point import EndPointError, end_point_error
-from art_edm.metrics.frechet import Moments, frechet_distance, moments
+from art_edm.metrics.feature_stats import METRICS
+from art_edm.metrics.metric import measure, pooled
 from art_edm.metrics.mnist import load_mnist
-from art_edm.metrics.standard_errors import Measurement, groups_of
+from art_edm.metrics.panel import Accumulators, Panel
+from art_edm.metrics.standard_errors import Measurement
 from art_edm.models.loading import Network
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.solvers import nfe, supported
 from paper.context import Lab
 from paper.experiments import Experiment
-from paper.tables.latents import Decode, latent_features
 
-__all__ = ["Bench", "Cell", "pooled", "pooled_moments"]
+__all__ = ["PARTS", "Bench", "Cell"]
 
 Content = Dict[str, np.ndarray]
 FINE_STEPS = 100
-_PARTS = 2  # of the Inception score, in each block
+PARTS = 2  # of the Inception score, in each block
+TEST_IMAGES = 10_000  # of MNIST
 
 
 class Cell(NamedTuple):
@@ -51,15 +53,20 @@ class Cell(NamedTuple):
 
 @dataclass
 class Bench:
-    """What a table's images are made and judged with; without a reference, by their Inception score."""
+    """What a table's images are made and judged with; the panel's first metric is the table's."""
 
     experiment: Experiment
     network: Network
-    detector: Detector
-    reference: Optional[Moments]
+    panel: Panel
+    references: Mapping[str, Content]  # of each metric that needs one
     decode: Optional[Decode]
     lab: Lab
     work: Work
+
+    @property
+    def detector(self) -> Detector:
+        """The first metric's."""
+        return self.panel.detectors[METRICS[self.panel.metrics[0]].detector]
 
     @property
     def size(self) -> int:
@@ -79,12 +86,12 @@ class Bench:
 
     def cell(self, grid: Grid) -> Optional[Cell]:
         """Score and end-point error of a grid; on process 0 only, None on the others."""
-        contents = self._contents(grid, self.experiment.solver)
+        blocks = self._blocks(grid, self.experiment.solver)
         points, fine = self.points(grid), self.solution
         if points is None:
             return None
-        seconds = sum(float(content["seconds"]) for content in contents)
-        return Cell(self._value(contents), seconds, end_point_error(points, fine))
+        seconds = sum(block.seconds for block in blocks)
+        return Cell(self._value(blocks), seconds, end_point_error(points, fine))
 
     def points(self, grid: Grid) -> Optional[np.ndarray]:
         """End points of the first noises, float64 [noises, C H W]; on process 0 only."""
@@ -105,63 +112,45 @@ class Bench:
         steps, images = self.experiment.floor, self.size * self.experiment.blocks
         if steps:
             self.work.note = "floor"
-            contents = self._contents(self.fine(steps), "heun")
+            blocks = self._blocks(self.fine(steps), "heun")
             if self.lab.lead:
-                found[f"the network's floor (Heun, {steps} steps, NFE {nfe('heun', steps)})"] = self._value(contents)
-        if self.experiment.reference == "mnist:train" and self.reference is not None and self.lab.lead:
-            content = self._test_set(images)
-            count = len(content["features"])
-            found[f"{count:,} test images"] = pooled([content], count, self.reference)
+                found[f"the network's floor (Heun, {steps} steps, NFE {nfe('heun', steps)})"] = self._value(blocks)
+        if self.experiment.reference == "mnist:train" and self.references and self.lab.lead:
+            found[f"{min(images, TEST_IMAGES):,} test images"] = self._test_set(images)
         return {name: [value.mean, value.stderr] for name, value in found.items()}
 
-    def _contents(self, grid: Grid, solver: str) -> List[Optional[Content]]:
-        """What is kept of each block."""
-        splits, contents = _PARTS if self.reference is None else 0, []
-        for block in range(self.experiment.blocks):
-            samples = Samples(self.network, grid, solver, self.size, self.lab.seed, block * self.size)
-            if self.decode is not None:
-                contents.append(latent_features(samples, self.detector, self.work, self.decode, splits))
-            else:
-                contents.append(features(samples, self.detector, self.work, splits))
-        return contents
+    def _blocks(self, grid: Grid, solver: str) -> List[Optional[Scored]]:
+        """What is known of each block's images; None on processes other than 0."""
+        groups = self.panel.groups(self.size, self.experiment.blocks)
+        return [scored(Samples(self.network, grid, solver, self.size, self.lab.seed, block * self.size), self.panel,
+                       self.work, groups, self.decode) for block in range(self.experiment.blocks)]
 
-    def _value(self, contents: Sequence[Content]) -> Measurement:
-        if self.reference is None:
-            return Measurement([score_of(content)[0] for content in contents])
-        return pooled(contents, self.size, self.reference)
+    def _value(self, blocks: Sequence[Scored]) -> Measurement:
+        """The first metric of all blocks: the Inception score as their mean, others of all images at once."""
+        name = self.panel.metrics[0]
+        parts = [block.of[name] for block in blocks]
+        if name not in self.references:
+            return measure(parts)
+        return measure([pooled(parts)], self.references[name])
 
     def _ends(self, grid: Grid, solver: str) -> Optional[np.ndarray]:
         return end_points(Samples(self.network, grid, solver, self.noises, self.lab.seed), self.work)
 
-    def _test_set(self, images: int) -> Content:
-        """Features of the first test images, at most as many as a cell has: a FID depends on their number."""
-        what: Dict[str, Any] = {"kind": "mnist test set", "images": images, "detector": self.detector.sha256}
-        content = self.lab.store.load(what)
-        if content is None:
-            parts = load_mnist("test", self.lab.mnist)[0][:images].split(500)
-            found = [self.detector.features(part[:, None].to(self.lab.device)).cpu().numpy() for part in parts]
-            content = {"features": np.concatenate(found)}
-            self.lab.store.save(what, content)
-        return content
+    def _test_set(self, images: int) -> Measurement:
+        """The first test images, at most as many as a cell has: a FID depends on their number."""
+        what: Dict[str, Any] = {"kind": "mnist test set", "images": images, "panel": self.panel.identity}
+        pixels = lambda: load_mnist("test", self.lab.mnist)[0][:images]
+        count = min(images, TEST_IMAGES)
+        empty = lambda: Accumulators(self.panel, count, self.panel.groups(count), self.lab.device)
 
+        def made() -> Content:
+            found = empty()
+            for i, part in enumerate(pixels().split(500)):
+                where = range(500 * i, 500 * i + len(part))
+                found.update(part[:, None].to(self.lab.device), where, [f"test image {j}" for j in where])
+            return found.content()
 
-def pooled(contents: Sequence[Content], size: int, reference: Moments) -> Measurement:
-    """FID of all images of blocks of `size` at once, and without each group of them."""
-    if "features" in contents[0]:
-        every = np.concatenate([content["features"] for content in contents])
-        group = groups_of(len(every))
-        parts = [every[group != j] for j in range(group.max() + 1)] if len(every) >= 2 * (group.max() + 1) else []
-        value = frechet_distance(*moments(every), *reference)
-        return Measurement([value], [frechet_distance(*moments(part), *reference) for part in parts])
-    counted = [(size, *moments_of(content)) for content in contents]
-    value = frechet_distance(*pooled_moments(counted), *reference)
-    rest = [counted[:i] + counted[i + 1:] for i in range(len(counted))] if len(counted) > 1 else []
-    return Measurement([value], [frechet_distance(*pooled_moments(some), *reference) for some in rest])
-
-
-def pooled_moments(parts: Sequence[Tuple[int, np.ndarray, np.ndarray]]) -> Moments:
-    """Mean and covariance (n - 1) of all from (number, mean, covariance) of each part."""
-    total = sum(count for count, _, _ in parts)
-    mean = sum(count * mu for count, mu, _ in parts) / total
-    scatter = sum((count - 1) * cov + count * np.outer(mu - mean, mu - mean) for count, mu, cov in parts)
-    return mean, scatter / (total - 1)
+        found = empty()
+        found.merge(self.lab.store.memo(what, made))
+        name = self.panel.metrics[0]
+        return measure([found.of[name]], self.references[name])

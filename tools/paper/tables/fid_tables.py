@@ -15,8 +15,10 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import torch
 
+from art_edm.compare.accumulators import Decode
 from art_edm.grids.grid import Grid, read_off, resample
 from art_edm.learning.provenance import clock_score
+from art_edm.metrics.panel import Panel
 from art_edm.metrics.standard_errors import Difference, Measurement, difference, jackknife
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network
@@ -29,8 +31,8 @@ from paper.experiments import Experiment
 from paper.kept_runs import Run
 from paper.plots import plot_clock, plot_sheets
 from paper.report import Result
-from paper.tables.fid_cells import FINE_STEPS, Bench, Cell
-from paper.tables.latents import Decode, decoder_of
+from paper.tables.fid_cells import FINE_STEPS, PARTS, Bench, Cell
+from paper.tables.latents import decoder_of
 
 __all__ = ["END_POINTS", "grids_of", "ratio", "run_images"]
 
@@ -82,8 +84,9 @@ def run_images(experiment: Experiment, lab: Lab) -> Result:
     table = grids_of(experiment, network.denoiser, run, lab.resample)
     scores = experiment.metric == "is"
     detector = lab.detector(experiment.detector, network, scores)
-    reference = None if scores else lab.reference(experiment.reference, detector)
-    bench = Bench(experiment, network, detector, reference, decode, lab, lab.work())
+    panel = Panel(["is" if scores else "fid"], {"detector": detector}, PARTS)
+    references = {} if scores else lab.references(experiment.reference, panel)
+    bench = Bench(experiment, network, panel, references, decode, lab, lab.work())
     cells = _measure(bench, table)
     title = {"is": "Inception score"}.get(experiment.metric, "LeNet-FID" if detector.name == "lenet" else "FID")
     evaluations = [nfe(experiment.solver, k) for k in experiment.steps]

@@ -7,20 +7,16 @@ decode    latents [b, C, H, W] -> pixels uint8 [b, 3, 8 H, 8 W] (of EDM2's RGB e
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Optional
+from typing import Optional
 
-import numpy as np
 import torch
 
-from art_edm.compare.accumulators import FeatureTally
-from art_edm.compare.sample_cache import Samples, Work, entry
-from art_edm.metrics.detectors import Detector
+from art_edm.compare.accumulators import Decode
 from art_edm.pickles.network import load_network_pickle
 from paper.context import Lab
 
-__all__ = ["Decode", "decoder_of", "latent_features"]
+__all__ = ["decoder_of"]
 
-Decode = Callable[[torch.Tensor], torch.Tensor]
 _AT_ONCE = 8  # images; the VAE needs a few GB for these
 
 
@@ -47,27 +43,3 @@ def decoder_of(name: str, lab: Lab) -> Optional[Decode]:
         return torch.cat([made.decode(part.float()) for part in latents.split(_AT_ONCE)])
 
     return decode
-
-
-class _Decoded(FeatureTally):
-    """Features of decoded images."""
-
-    decode: Decode
-
-    def _add(self, indices: range, images: torch.Tensor) -> None:
-        pixels = self.decode(images)
-        super()._add(indices, (pixels.double() - 127.5) / 127.5)  # which rounds to these pixels
-
-
-def latent_features(
-    samples: Samples, detector: Detector, work: Work, decode: Decode, splits: int = 0
-) -> Optional[Dict[str, np.ndarray]]:
-    """As `experiment.features`, of decoded images."""
-
-    def make() -> FeatureTally:
-        tally = _Decoded(samples.first, samples.num, detector, samples.network.denoiser.device, splits)
-        tally.decode = decode
-        return tally
-
-    kind = {"kind": "features of decoded images", "detector": detector.sha256, "splits": splits}
-    return entry(samples, kind, make, work)
