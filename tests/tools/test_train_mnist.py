@@ -18,6 +18,7 @@ import pytest
 import torch
 import train_mnist as tool
 from click.testing import CliRunner
+from networks import classifier
 from networks import command as training
 from networks.classifier import accuracy
 from PIL import Image
@@ -67,7 +68,8 @@ def data(tmp_path_factory):
         patch.setattr(mnist, "FILES", write_data(folder))
         patch.setattr(training, "SHEET_STEPS", 2)
         patch.setattr(training, "SNAPSHOT_STEPS", 2)
-        small = replace(tool.MNIST, judge_config=replace(tool.MNIST.judge_config, iterations=40))
+        small = replace(tool.MNIST, judge_config=replace(tool.MNIST.judge_config, iterations=40),
+                        score=replace(tool.MNIST.score, width=16, deep_width=24, bfloat16=False))
         patch.setattr(tool, "main", training.training_command(small, tool.HELP))
         yield folder
 
@@ -137,7 +139,6 @@ def test_files(done):
     assert len(list((out / "floors").iterdir())) == 3  # the floor and two snapshots
     with Image.open(out / "mnist.png") as picture:
         assert (picture.format, picture.mode, picture.size) == ("PNG", "L", (280, 280))
-    assert (out / "mnist.pt").stat().st_size + (out / "lenet.pt").stat().st_size < 2.5e6
     lines = result.stdout.splitlines()
     assert len(lines) == 3 and lines[0].startswith("wrote ") and "\r" not in result.output
 
@@ -187,7 +188,7 @@ def test_floor_over_training(card):
 
 def test_resume_repeats_nothing_expensive(copy, card, data, monkeypatch):
     monkeypatch.setattr(sample_cache, "sample", None)  # sampling for a FID would fail
-    monkeypatch.setattr(training, "train_classifier", None)
+    monkeypatch.setattr(classifier, "_batch", None)  # and so would a step
     result = run(data, copy, "--resume")
     assert result.exit_code == 0, result.output
     assert json.loads((copy / "mnist.json").read_text()) == card
@@ -214,11 +215,10 @@ def test_stop_in_the_floor_and_resume(copy, card, data, monkeypatch):
     assert again["floor_over_training"] == []
 
 
-def test_a_damaged_lenet_is_trained_again(copy, card, data):
+def test_a_damaged_lenet_is_written_again(copy, card, data):
     (copy / "lenet.pt").write_bytes(b"text")
     result = run(data, copy, "--resume", "--snapshot-samples=0")
-    assert result.exit_code == 0 and "note: " in result.output and "training it again" in result.output
-    assert sha256_of(copy / "lenet.pt") == card["sha256"]["lenet.pt"]  # the same seed, the same bytes
+    assert result.exit_code == 0 and sha256_of(copy / "lenet.pt") == card["sha256"]["lenet.pt"]
 
 
 def test_a_full_disk(copy, data, monkeypatch):

@@ -19,7 +19,7 @@ from art_edm.compare.tables import Row
 from art_edm.grids.grid import edm
 from art_edm.metrics.detectors import ClassifierDetector, Detector
 from art_edm.metrics.frechet import Moments, frechet_distance, moments
-from art_edm.models.loading import Network, NetworkError, load_classifier, load_network, save_classifier, save_network
+from art_edm.models.loading import Network, load_classifier, load_network, save_classifier, save_network
 from art_edm.runtime.cli import Command, command_line, versions
 from art_edm.runtime.distributed import ALONE
 from art_edm.runtime.errors import Stopped
@@ -260,16 +260,12 @@ def coarse(losses: List[float], parts: int = 20) -> List[float]:
 
 
 def _obtain_judge(settings: Settings, pixels: torch.Tensor, labels: torch.Tensor) -> nn.Module:
-    """The classifier as read from its weight file, which is written first unless an earlier run did."""
+    """The classifier as read from its weight file, which is written first."""
     kind, path = settings.data_set.judge, settings.out / settings.data_set.judge_file
-    if settings.start is not None:
+    if settings.start is None:
+        save_classifier(path, train_classifier(kind, pixels, labels, settings.judge, settings.run("judge")))
+    else:
         save_classifier(path, load_classifier(kind, settings.start / path.name))
-    if path.exists() and (settings.resume or settings.start is not None):
-        try:
-            return load_classifier(kind, path)
-        except NetworkError as error:
-            click.echo(f"note: {error}; training it again", err=True)
-    save_classifier(path, train_classifier(kind, pixels, labels, settings.judge, settings.run("judge")))
     return load_classifier(kind, path)
 
 

@@ -18,7 +18,7 @@ from networks.score import ScoreConfig, read_snapshot, score_loss, snapshot_path
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.errors import Stopped
 
-TINY = ScoreConfig(iterations=8, batch=4, warmup=3)
+TINY = ScoreConfig(iterations=8, batch=4, warmup=3, width=8, deep_width=12)
 
 
 def images(seed=0):
@@ -189,7 +189,7 @@ def test_the_seed_counts():
     assert steps[0] != steps[1]
 
 
-OPEN = ScoreConfig(iterations=5, batch=4, warmup=3, rate_steps=2, flips=True)
+OPEN = ScoreConfig(iterations=5, batch=4, warmup=3, rate_steps=2, flips=True, width=8, deep_width=12)
 
 
 def test_a_training_without_an_end_goes_on_to_more_iterations(tmp_path):
@@ -267,7 +267,7 @@ def test_the_average_is_a_power_function(monkeypatch):
     (dict(learning_rate=1e-3), "learning_rate=0.002, not 0.001"),
 ])
 def test_a_checkpoint_of_other_settings_is_refused(whole, change, text):
-    config = ScoreConfig(**{**dict(iterations=8, batch=4, warmup=3), **change})
+    config = ScoreConfig(**{**vars(TINY), **change})
     with pytest.raises(ValueError, match=f"was trained with {text}; use that or remove the file"):
         train_score(images(), config, Run(whole[1], resume=True))
 
@@ -298,6 +298,7 @@ def test_another_torch_file_is_refused(tmp_path, content):
 # --- a real process ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_then_resume_gives_the_same_bytes(whole, tmp_path):
     """A process is sent SIGTERM during a step: it finishes the step, saves and says so."""
     path = tmp_path / "score.ckpt"
