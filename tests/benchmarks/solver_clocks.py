@@ -1,7 +1,7 @@
 """Where each solver ends on which grid: EDM's rule, ART's clock, its own clock, refined.
 
-The clocks are optimal ones (`--method=direct`); errors are RMS distances from exact end points over noises apart
-from those that choose. Entries are kept in --cache, so that a long table can be made in pieces.
+The clocks are optimal ones (`--method=direct`); errors are RMS distances from exact end points over noises that
+no rule has seen. Entries are kept in --cache, so that a long table can be made in pieces.
 Run by hand:
     python -m tests.benchmarks.solver_clocks mnist gaussian:0.5 oned --cache=cells --out=solver_clocks.json
     python -m tests.benchmarks.solver_clocks empirical-mnist --mnist=DIR --rules=edm,art,refined --cache=cells
