@@ -16,7 +16,6 @@ import pytest
 import requests
 
 from art_edm.runtime import download as module
-from art_edm.runtime import transfer
 from art_edm.runtime.download import DownloadError, DownloadRefused, download, is_url
 from art_edm.runtime.files import cache_dir
 from tests.support.loopback import Loopback, chunked, isolate, page, redirect, status, whole
@@ -272,15 +271,15 @@ def test_addresses_that_end_alike_have_files_of_their_own(server):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk(server, monkeypatch):
     url = server.on("/net.pkl", whole(CONTENT))
-    real = transfer.open_plain
-    monkeypatch.setattr(transfer, "open_plain",
+    real = module._open_plain
+    monkeypatch.setattr(module, "_open_plain",
                         lambda path, mode: real(Path("/dev/full") if path.suffix == ".part" else path, mode))
     with pytest.raises(OSError, match=r"cannot write .*\.part: No space left on device; make room or set") as caught:
         download(url)
     assert not isinstance(caught.value, ConnectionError) and "\n" not in str(caught.value)
     assert len(server.asked) == 1
     assert_nothing_kept(url, ".part.json")
-    monkeypatch.setattr(transfer, "open_plain", real)
+    monkeypatch.setattr(module, "_open_plain", real)
     assert download(url).read_bytes() == CONTENT
 
 
@@ -295,7 +294,7 @@ def test_a_link_that_waits_at_a_name_is_not_followed(server, tmp_path, monkeypat
         download(url)
     assert victim.read_bytes() == b"mine" and module._file_name(url) not in files()
     if ending == ".part":  # the twin: a plain open follows it
-        monkeypatch.setattr(transfer, "open_plain", open)
+        monkeypatch.setattr(module, "_open_plain", open)
         download(url)
         assert victim.read_bytes() == CONTENT
 
@@ -306,11 +305,11 @@ def test_a_link_that_waits_at_a_name_is_not_followed(server, tmp_path, monkeypat
 ], ids=["chunked", "until closed", "length"])
 def test_an_endless_body(server, slept, monkeypatch, answer, reason):
     url = server.on("/net.pkl", answer)
-    monkeypatch.setattr(transfer, "LARGEST", 100_000)
+    monkeypatch.setattr(module, "LARGEST", 100_000)
     fails(DownloadRefused, url, reason)
     assert len(server.asked) == 1
-    assert transfer.size_of(cache_dir() / "downloads" / (module._file_name(url) + ".part")) <= 100_000
-    monkeypatch.setattr(transfer, "LARGEST", len(CONTENT))
+    assert module._size_of(cache_dir() / "downloads" / (module._file_name(url) + ".part")) <= 100_000
+    monkeypatch.setattr(module, "LARGEST", len(CONTENT))
     assert download(url).read_bytes() == CONTENT
 
 
@@ -324,7 +323,7 @@ def test_a_cache_that_cannot_be_made(server, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="cannot write .*file.*: Not a directory; make room or set ART_EDM_CACHE"):
         download(server.on("/net.pkl", whole(CONTENT)), folder=tmp_path / "file" / "sub")
-    assert server.asked == [] and transfer.TIMEOUT == (10, 30)
+    assert server.asked == [] and module.TIMEOUT == (10, 30)
 
 
 @pytest.mark.parametrize("text, expected", [

@@ -14,7 +14,6 @@ import pytest
 import requests
 
 from art_edm.runtime import download as module
-from art_edm.runtime import transfer
 from art_edm.runtime.download import DownloadError, DownloadRefused, download
 from art_edm.runtime.files import cache_dir
 from tests.support.loopback import Loopback, chunked, isolate, page, status, whole
@@ -22,7 +21,7 @@ from tests.support.loopback import Loopback, chunked, isolate, page, status, who
 CONTENT = bytes(range(256)) * 1200 + b"the end"  # 5 blocks
 CHANGED = bytes(range(255, -1, -1)) * 1200 + b"THE END"  # another version, of the same length
 SHA, SHA_CHANGED = (hashlib.sha256(c).hexdigest() for c in (CONTENT, CHANGED))
-HALF = 2 * transfer.BLOCK
+HALF = 2 * module.BLOCK
 SHORT = "(the connection broke|[0-9]+ of [0-9]+ bytes came)"  # the reader of the connection notices, or the length does
 DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
 
@@ -30,7 +29,7 @@ DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     isolate(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr(transfer, "TIMEOUT", (1.0, 0.25))
+    monkeypatch.setattr(module, "TIMEOUT", (1.0, 0.25))
     with Loopback() as server:
         yield server
 
@@ -84,12 +83,12 @@ def test_a_body_cut_short_is_continued_within_one_call(server, slept):
 
 
 def test_new_bytes_start_the_count_of_attempts_anew(server, slept):
-    url = server.on("/net.pkl", whole(CONTENT, cut=transfer.BLOCK))  # one block each time: five attempts
+    url = server.on("/net.pkl", whole(CONTENT, cut=module.BLOCK))  # one block each time: five attempts
     assert download(url).read_bytes() == CONTENT
     assert len(server.asked) == 5 and slept == [1] * 4
     slept.clear()
     with pytest.raises(DownloadError, match=SHORT):
-        download(server.on("/b.pkl", whole(CONTENT, cut=transfer.BLOCK, ranges=False)))  # never gets any further
+        download(server.on("/b.pkl", whole(CONTENT, cut=module.BLOCK, ranges=False)))  # never gets any further
     assert slept == [1, 2, 4] and not part_of(server.url("/b.pkl")).with_suffix("").exists()
 
 
@@ -118,7 +117,7 @@ def test_a_server_that_mixes_versions_is_found_out_by_the_hash(server):
 
 
 def test_a_wrong_hash_of_a_continued_file_is_not_tried_for_ever(server, slept):
-    url = server.on("/net.pkl", *[whole(CONTENT, cut=transfer.BLOCK)] * 12, status(404))  # five make a file
+    url = server.on("/net.pkl", *[whole(CONTENT, cut=module.BLOCK)] * 12, status(404))  # five make a file
     with pytest.raises(DownloadRefused, match=f"its SHA-256 is {SHA}, expected {SHA_CHANGED}"):
         download(url, SHA_CHANGED)
     assert len(server.asked) == 10 and files() == []  # once more from its start, then no more
@@ -201,7 +200,7 @@ def test_the_length_is_checked_even_if_the_reader_does_not(server, slept, monkey
     with pytest.raises(DownloadError, match=f": {HALF} of {len(CONTENT)} bytes came; try again later"):
         download(url)
     assert module._file_name(url) not in files()
-    monkeypatch.setattr(transfer, "_content_length", lambda reply: None)
+    monkeypatch.setattr(module, "_content_length", lambda reply: None)
     assert download(url).read_bytes() == CONTENT[:HALF]  # what the check of the length is for
 
 
@@ -245,7 +244,7 @@ def start(url):
 def test_a_killed_download_is_continued(server, number):
     url = server.on("/net.pkl", whole(CONTENT, cut=HALF, silence=60), whole(CONTENT))
     process, deadline = start(url), time.monotonic() + 20
-    while transfer.size_of(part_of(url)) < HALF and time.monotonic() < deadline:
+    while module._size_of(part_of(url)) < HALF and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(10) != 0
