@@ -22,7 +22,7 @@ from art_edm.grids.grid import (
     load_provenance,
     save_grid,
 )
-from art_edm.grids.lists import ENDS, check_list_destination, finish, list_file, list_text, read_list, write_list
+from art_edm.grids.lists import ENDS, check_list_destination, finish, list_file, list_text, read_list, whole, write_list
 from art_edm.grids.plots import check_plotting, plot_grid
 from art_edm.runtime.cli import Group
 from art_edm.runtime.files import check_destination, sha256_of
@@ -209,6 +209,9 @@ def import_command(source: str, end: Optional[str], out: Path) -> None:
         grid = finish(levels, end)
     except GridError as error:
         raise GridError(f"{file}: {error}" if file else str(error)) from None
+    if whole(levels):
+        click.echo("note: all levels are whole numbers; they are taken as noise levels. If they are timesteps, give "
+                   "sigma = sqrt((1 - alphas_cumprod[t]) / alphas_cumprod[t]) of each", err=True)
     last = float(levels[-1])
     if end and not last:
         click.echo(f"note: the list ends at 0 already; --end={end} changes nothing", err=True)

@@ -20,7 +20,7 @@ from art_edm.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"edm": "generate.py", "edm2": "generate_images.py"}
-EXIT = {"patched": 0, "unpatched": 1, "unknown": 2}  # of --check
+EXIT = {"patched": 0, "patched by hand": 0, "unpatched": 1, "unknown": 2}  # of --check
 
 
 class Insertion(NamedTuple):
@@ -83,7 +83,8 @@ class Script(NamedTuple):
         os.chmod(path, mode)
 
     def __str__(self) -> str:
-        known = f" (version of commit {self.version['commit'][:7]})" if self.state != "unknown" else " version"
+        commit = f" (version of commit {self.version['commit'][:7]})"
+        known = {"unknown": " version", "patched by hand": ", all lines of art_edm are there"}.get(self.state, commit)
         return f"{self.path}: {self.state}{known}"
 
 
@@ -108,20 +109,31 @@ def read_script(path: Path, repo: str) -> Script:
         for state, key in (("unpatched", "original"), ("patched", "patched")):
             if digest == version[key]:
                 return Script(path, data, crlf, state, version)
-    return Script(path, data, crlf, "unknown", versions[0])
+    script = Script(path, data, crlf, "unknown", versions[0])
+    return script if missing(script) else script._replace(state="patched by hand")
+
+
+def missing(script: Script) -> List[Insertion]:
+    """The insertions of the newest patch that do not stand in a script, however indented."""
+    text = b"\n".join(line.strip() for line in script.data.split(b"\n"))
+    return [item for item in read_patch(ROOT / "patches" / script.version["patch"])
+            if b"\n".join(line.strip() for line in item.lines) not in text]
 
 
 def change(script: Script, revert: bool) -> str:
     """Patch or revert a script, and say so; an unknown one stays as it is: returns what is wrong, prints the places."""
-    if script.state == "unknown":
+    if script.state == "patched by hand" and not revert:
+        click.echo(f"{script}; nothing to do")
+        return ""
+    if script.state in ("unknown", "patched by hand"):
         again, remedy = "", "insert the lines above by hand"
         if b"art_edm" in script.data:
-            again = " (it names art_edm already: patched, then changed, or patched by another version of art_edm?)"
-            remedy = f"restore the original, as git checkout {script.path.name} does, and patch that"
-        elif not revert:
-            describe_places(script)
+            again = " (it names art_edm already)"
+            remedy = "put the lines above, which it lacks, in place of art_edm's older ones there"
         if revert:
-            remedy = "remove the lines that art_edm marked by hand, or restore the original by git checkout"
+            remedy = "remove the lines that name art_edm, and those that follow from them, by hand"
+        else:
+            describe_places(script)
         return f"{script.path} is no version of NVlabs' script known here{again}; it was left as it is: {remedy}"
     insertions = read_patch(ROOT / "patches" / script.version["patch"])
     if script.state == ("unpatched" if revert else "patched"):
@@ -185,9 +197,9 @@ def _after_t_steps(function: ast.FunctionDef) -> Optional[int]:
 
 
 def describe_places(script: Script) -> None:
-    """Print where the lines of the newest patch belong, from the bottom up, so that the numbers stay right."""
+    """Print where the lines that it lacks belong, from the bottom up, so that the numbers stay right."""
     source = script.data.decode("utf-8", "replace")
-    for item in reversed(read_patch(ROOT / "patches" / script.version["patch"])):
+    for item in reversed(missing(script)):
         line = find_place(item.place, source)
         where = f"after line {line} ({item.place})" if line is not None else f"{item.place} (line not found)"
         click.echo(f"{script.path}: {where}, insert:")
@@ -268,7 +280,8 @@ def in_folder(folder: Path) -> Dict[str, Path]:
 @click.option("--repo", type=click.Choice([*SCRIPTS, "both"]), default="both", show_default=True,
               help="Which to fetch and patch, without DIR.")
 @click.option("--from", "address", metavar="URL|PATH", help="Fetch from here, such as a mirror; needs --repo.")
-@click.option("--check", is_flag=True, help="Say whether they are patched; exit code 0 yes, 1 no, 2 unknown.")
+@click.option("--check", is_flag=True,
+              help="Say whether they are patched; exit code 0 yes (by hand too), 1 no, 2 unknown.")
 @click.option("--revert", is_flag=True, help="Restore the original scripts.")
 def main(folder: Optional[Path], repo: str, address: Optional[str], check: bool, revert: bool) -> int:
     """Let generate.py (NVlabs/edm) and generate_images.py (edm2) take a grid, by --schedule=FILE.npy.

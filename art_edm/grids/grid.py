@@ -23,7 +23,15 @@ from typing import Any, BinaryIO, Callable, Dict, Sequence, Tuple
 
 import numpy as np
 
-from art_edm.runtime.files import PathLike, atomic_write, check_destination, sha256_of, write_json
+from art_edm.runtime.files import (
+    HEAD_BYTES,
+    PathLike,
+    atomic_write,
+    check_destination,
+    file_kind,
+    sha256_of,
+    write_json,
+)
 
 __all__ = [
     "CLOCK_OFFSET", "MAX_STEPS", "RESAMPLING", "RULES", "SIGMA_SLACK", "Grid", "GridError", "check_distinct",
@@ -349,15 +357,16 @@ def _read_sidecar(sidecar: Path) -> Dict[str, Any]:
 def _read_npy(path: PathLike) -> np.ndarray:
     try:
         with open(path, "rb") as file:
-            head = file.read(len(np.lib.format.MAGIC_PREFIX))
-            if head != np.lib.format.MAGIC_PREFIX:  # np.load would try a zip or a pickle next
-                raise GridError(f"found {'another kind of' if head else 'an empty'} file, expected a .npy; {_REMEDY}")
+            head = file.read(HEAD_BYTES)
+            if not head.startswith(np.lib.format.MAGIC_PREFIX):  # np.load would try a zip or a pickle next
+                raise GridError(f"found {file_kind(head)}, expected a .npy; {_REMEDY}")
             file.seek(0)
             return np.load(file, allow_pickle=False)
     except GridError:
         raise  # it is a ValueError too
     except OSError as error:
         raise GridError(f"found no readable file ({error.strerror}), expected a .npy; check the name") from None
-    except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError, TokenError) as error:
+    except (ArithmeticError, EOFError, MemoryError, RecursionError, SyntaxError, TokenError, TypeError,
+            ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise GridError(f"found a damaged or foreign .npy ({reason}), expected float64 values; {_REMEDY}") from None

@@ -23,19 +23,23 @@ from typing import List, Optional, Sequence
 import numpy as np
 
 from art_edm.grids.grid import Grid, GridError
-from art_edm.runtime.files import PathLike, atomic_write, check_destination
+from art_edm.runtime.files import PathLike, atomic_write, check_destination, file_kind
 
-__all__ = ["ENDS", "check_list_destination", "finish", "list_file", "list_text", "read_list", "write_list"]
+__all__ = ["ENDS", "check_list_destination", "finish", "list_file", "list_text", "read_list", "whole",
+           "write_list"]
 
 ENDS = ("append", "replace")
 FORMATS = (".json", ".csv", ".txt")
+
+MAX_BYTES = 32 << 20  # of a file: a million levels in 32 characters each
+MAX_DIGITS = 100  # of a number: float64 has 17, and longer ones are slow to read
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def _numbers(tokens: Sequence[str]) -> List[float]:
     for i, token in enumerate(tokens):
-        if not _NUMBER.fullmatch(token.strip()):
+        if len(token) > MAX_DIGITS or not _NUMBER.fullmatch(token.strip()):
             raise GridError(f"found {token.strip()[:40]!r} at place {i + 1}, expected a number; "
                             "give noise levels such as 80, 5.1, 0.002")
     return [float(token) for token in tokens]
@@ -48,10 +52,17 @@ def _from_text(text: str) -> List[float]:
     return _numbers(re.split(r"\s*,\s*|\s+", re.sub(r",$", "", inner))) if inner else []
 
 
+def _short(digits: str) -> float:
+    """A number of JSON, unless it is absurdly long."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} characters")
+    return float(digits)
+
+
 def _from_json(text: str) -> List[float]:
     """A list of numbers, or an object that has one under "sigmas"."""
     try:
-        data = json.loads(text, parse_int=float)
+        data = json.loads(text, parse_int=_short, parse_float=_short)
     except (ValueError, RecursionError):
         raise GridError("found no valid JSON, expected a list of numbers; check the file") from None
     data = data.get("sigmas") if isinstance(data, dict) else data
@@ -92,6 +103,11 @@ def read_list(source: str) -> np.ndarray:
     if path.suffix == ".npy":
         raise GridError(f"{path}: found a .npy, expected a .json, .csv or text file; a grid needs no import")
     try:
+        kind, size = file_kind(path), path.stat().st_size
+        if kind not in ("a file of unknown kind", "a JSON text"):
+            raise GridError(f"found {kind}, expected a list of numbers; check the name")
+        if size > MAX_BYTES:
+            raise GridError(f"found a file of {size >> 20} MB, expected a list of at most {MAX_BYTES >> 20} MB")
         text = path.read_text(encoding="utf-8-sig")
         return np.array({".json": _from_json, ".csv": _from_csv}.get(path.suffix, _from_text)(text))
     except GridError as error:
@@ -132,6 +148,12 @@ def finish(levels: Sequence[float], end: Optional[str] = None) -> Grid:
     if end not in ENDS:
         raise GridError(f"found end = {end!r}, expected one of {', '.join(ENDS)}")
     return grid if end == "append" else Grid(np.append(levels[:-1], 0.0))
+
+
+def whole(levels: np.ndarray) -> bool:
+    """Whether all levels are whole numbers, and enough of them that they may be timesteps."""
+    many = levels.ndim == 1 and len(levels) > 2
+    return many and bool(np.isfinite(levels).all() and (levels == np.round(levels)).all())
 
 
 def list_text(grid: Grid, kind: str) -> str:

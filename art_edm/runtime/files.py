@@ -18,7 +18,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "atomic_write", "cache_dir", "check_destination", "file_kind", "save_tensors", "sha256_of", "write_json",
+    "HEAD_BYTES", "atomic_write", "cache_dir", "check_destination", "file_kind", "save_tensors", "sha256_of",
+    "write_json",
 ]
 
 PathLike = Union[str, "os.PathLike[str]"]

@@ -53,6 +53,12 @@ def test_files(name, text, tmp_path):
 
 
 BAD_LISTS = {
+    "a .npy under another name": ("l.txt", b"\x93NUMPY\x01\x00", "found a .npy array, expected a list"),
+    "a zip": ("l.csv", b"PK\x03\x04", "found a zip archive"),
+    "a page": ("l.txt", "<!doctype html>", "found a web page"),
+    "a pointer": ("l.json", "version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer"),
+    "endless digits": ("l.txt", "1" * 1_000_000 + "x", "at place 1, expected a number"),  # minutes, if it were tried
+    "endless digits in JSON": ("l.json", "[" + "1" * 1_000_000 + "]", "found no valid JSON"),
     "a word": ("l.txt", "80, five, 0", "found 'five' at place 2, expected a number"),
     "nan": ("l.txt", "80, nan, 0", "found 'nan' at place 2"),
     "two commas": ("l.txt", "80,, 5, 0", "found '' at place 2"),
@@ -77,6 +83,14 @@ def test_bad_lists(run, name, content, message):
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_refused(run("import", name, "--out=g.npy"), f"Error: {name}: ", message)
     assert files() == [name]
+
+
+@pytest.mark.parametrize("levels", ["999, 900, 800, 1", "961.0, 721.0, 481.0, 241.0, 1.0", "80, 5, 1"])
+def test_lists_that_may_be_of_timesteps_are_noted(run, levels):
+    result = run("import", levels, "--end=append", "--out=a.npy")
+    assert result.exit_code == 0 and "note: all levels are whole numbers" in result.output
+    other = run("import", levels.replace(", ", ".5, "), "--end=append", "--out=b.npy") if "." not in levels else None
+    assert other is None or (other.exit_code == 0 and "whole numbers" not in other.output)
 
 
 # --- the end -----------------------------------------------------------------------------------------

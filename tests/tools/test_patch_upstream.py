@@ -209,12 +209,23 @@ def test_a_file_that_is_no_python_or_names_art_edm(run, script):
     result = run(script.parent)
     refused(result, "no version")
     assert result.stdout.count("(line not found), insert:") == 5
+
+
+def test_a_fork_that_was_patched_by_hand_is_recognised(run, script):
     script.write_text(by_hand(ORIGINAL) + "# mine\n")
+    for options in ([], ["--check"]):
+        result = run(script.parent, *options)
+        assert result.exit_code == 0 and "patched by hand, all lines of art_edm are there" in result.output
+        assert ", insert:" not in result.output  # twice would be wrong
+    refused(run(script.parent, "--revert"), "it names art_edm already", "remove the lines that name art_edm")
+    assert script.read_text().endswith("# mine\n")
+    older = (by_hand(ORIGINAL) + "# mine\n").replace("grid=None", "grid=()")  # twin: lines of another version
+    script.write_text(older)
     result = run(script.parent)
-    refused(result, "it names art_edm already", "git checkout generate")
-    assert "insert" not in result.output  # twice would be wrong
-    refused(run(script.parent, "--revert"), "it names art_edm already", "remove the lines")
-    assert run(script.parent, "--check").exit_code == 2 and script.read_text().endswith("# mine\n")
+    refused(result, "it names art_edm already", "which it lacks")
+    assert result.stdout.count(", insert:") == 1 and "in the signature of edm_sampler" in result.stdout
+    assert "git checkout" not in result.output and script.read_text() == older
+    assert run(script.parent, "--check").exit_code == 2
 
 
 @pytest.mark.parametrize("old, new, part", [
