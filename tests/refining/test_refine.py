@@ -59,11 +59,11 @@ def test_uphill_nothing_is_won(monkeypatch):
 
 
 def trained(iterations):
-    """The least mean error of ten steps of iPNDM on a mixture after so many iterations."""
+    """The least mean error of ten steps of Adams-Bashforth on a mixture after so many iterations."""
     model = mixture()
     first = Grid(GaussianClock(20.0, model.sigma_data).sigma(np.linspace(0, 1, 11)))
     config = RefineConfig(noises=16, validation=1, iterations=iterations, cheap_iterations=0, patience=99, tolerance=0)
-    return refine(model, first, "ipndm", config).history[-1]["train"]
+    return refine(model, first, "ab4-sigma", config).history[-1]["train"]
 
 
 def test_without_the_secant_it_is_slower(monkeypatch):
