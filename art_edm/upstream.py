@@ -220,8 +220,20 @@ def _with_grid(callback: Callable[..., Any], keep_schedule: bool, theirs: Sequen
             return callback(*args, **{**options, "num_steps": grid.num_steps, "grid": grid})
         except GridError as error:
             raise _Unusable(f"--schedule={files[0].path}: {error}") from None
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if not _lacks_gpu(error):
+                raise
+            raise _Unusable("found no CUDA device, which NVlabs' script needs (with NCCL); expected a GPU; on a CPU, "
+                            "sample on this grid with art_edm.sampling.solvers.sample") from None
 
     return call
+
+
+def _lacks_gpu(error: Exception) -> bool:
+    """Whether it is what torch says where the script asks for CUDA or NCCL and there is none."""
+    import torch
+
+    return not torch.cuda.is_available() and any(word in str(error) for word in ("CUDA", "NCCL", "NVIDIA"))
 
 
 def _with_solver(options: Dict[str, Any], theirs: Sequence[str], files: Sequence[_File]) -> Dict[str, Any]:
