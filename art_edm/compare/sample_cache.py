@@ -73,8 +73,8 @@ class Work:
 
     Args:
         batch: images per evaluation.
-        progress: told the evaluations done, of all processes.
-        stop: looked at after every step of the solver.
+        progress: counts the evaluations done, of all processes.
+        stop: asked after every step of the solver.
         save_every: seconds between two writings of an unfinished entry.
     """
 

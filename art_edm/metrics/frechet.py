@@ -45,7 +45,7 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
         ValueError: NaN or infinity among the moments.
     """
     if not all(np.isfinite(part).all() for part in (mu1, cov1, mu2, cov2)):
-        raise ValueError("found NaN or infinite moments, expected numbers; look at the features")
+        raise ValueError("found NaN or infinite moments, expected numbers; check the features")
     cross = nuclear_norm(factor(cov1).T @ factor(cov2))
     return max(0.0, float(np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross))
 

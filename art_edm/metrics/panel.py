@@ -114,7 +114,7 @@ def check_finite(values: torch.Tensor, labels: Sequence[str]) -> torch.Tensor:
     good = torch.isfinite(values).flatten(1).all(dim=1)  # [b]
     if not good.all():
         label = labels[int(good.logical_not().nonzero()[0])]
-        raise FeatureError(f"{label}: the detector gave NaN or infinite features, expected numbers; look at the image "
+        raise FeatureError(f"{label}: the detector gave NaN or infinite features, expected numbers; check the image "
                            "and the detector")
     return values
 
@@ -130,7 +130,7 @@ def measure_images(
     Args:
         batch: images per batch.
         workers: threads that read images; 0 reads them between the detectors' runs.
-        progress: counts images; told by process 0, about its share times the number of processes.
+        progress: counts images; process 0 reports its share times the number of processes.
     Raises:
         ImageError, FeatureError: naming the image; on every process.
     """

@@ -6,7 +6,7 @@ rank, size  number of this process, 0 to size - 1, and how many there are
 phase       a piece of work that all processes enter and leave together, with or without an error
 
 An error of one process becomes an error of all at the end of the phase, or at the next `check` before it,
-so that none waits for one that has gone; one that was killed is noticed by its line (`lifelines`). For the
+so that none waits for one that has gone; one that was killed is noticed by its line (`heartbeat`). For the
 same reason no `sum` belongs into a phase where one may fail alone. Only process 0 prints; if lost, process 1.
 """
 

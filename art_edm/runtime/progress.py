@@ -1,4 +1,4 @@
-"""Progress of long work, and stopping it politely."""
+"""Progress of long work, and stopping it between two steps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import signal
 import sys
 import time
 from types import FrameType, TracebackType
-from typing import Callable, Optional, Type
+from typing import Optional, Type
 
-__all__ = ["Count", "GracefulStop", "Progress"]
-
-Count = Callable[[str, float, int], None]  # told of a stage, when a piece of it began, and its evaluations
-
+__all__ = ["GracefulStop", "Progress"]
 
 
 class Progress:

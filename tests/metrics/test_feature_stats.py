@@ -210,7 +210,7 @@ class Toy(Metric):
 
 
 def test_a_new_metric_is_one_class(images, monkeypatch):
-    """Measured with others in one run of the detector, told apart in keys, and shown in a table."""
+    """Measured with others in one run of the detector, distinguished in keys, and shown in a table."""
     monkeypatch.setitem(METRICS, "toy", Toy)
     detector = Mean()
     panel = Panel(["fid", "toy"], {"detector": detector})

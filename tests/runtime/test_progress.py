@@ -1,4 +1,4 @@
-"""Stopping politely, and progress that a log file never sees."""
+"""Stopping between two steps, and progress that a log file never sees."""
 
 from __future__ import annotations
 

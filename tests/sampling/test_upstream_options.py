@@ -170,12 +170,12 @@ def test_a_grid_that_the_network_refuses_is_a_usage_error(run, monkeypatch):
     assert result.output.startswith("Error: --schedule=a9.npy: steps ") and "same noise level" in result.output
 
 
-@pytest.mark.parametrize("message, told", [
+@pytest.mark.parametrize("message, one_line", [
     ("ProcessGroupNCCL is only supported with GPUs, no GPUs found!", True),
     ("Torch not compiled with CUDA enabled", True),
     ("shapes do not fit", False),
 ])
-def test_without_a_gpu_it_is_one_line(run, monkeypatch, message, told):
+def test_without_a_gpu_it_is_one_line(run, monkeypatch, message, one_line):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     @schedule_option
@@ -185,8 +185,8 @@ def test_without_a_gpu_it_is_one_line(run, monkeypatch, message, told):
         raise RuntimeError(message)
 
     result = CliRunner().invoke(command, ["--schedule=a9.npy"])
-    assert ("Error: found no CUDA device" in result.output and result.exit_code == 2) == told
-    assert isinstance(result.exception, SystemExit if told else RuntimeError)
+    assert ("Error: found no CUDA device" in result.output and result.exit_code == 2) == one_line
+    assert isinstance(result.exception, SystemExit if one_line else RuntimeError)
     assert isinstance(CliRunner().invoke(command, []).exception, RuntimeError)  # without a grid as it was
 
 
