@@ -2,12 +2,14 @@
 
     inception     NVIDIA's Inception-v3, downloaded once; the network of the published FIDs
     lenet         the bundled LeNet: 84 penultimate features of grey 28 x 28 images (section 6.4)
+    F.pt          lenet.pt or resnet.pt as the trainings of this project write them: penultimate features of images of
+                  the size they are for
     F.pt, URL     any TorchScript that is called alike: net(x, return_features=True) -> [B, d]; for the Inception
                   score net(x, no_output_bias=True) -> class probabilities [B, k]; x uint8 [B, 3, H, W]
     F.pkl, URL    a pickled network with the same call
 
 A TorchScript is a program and a pickle contains one: both can write any file that the user can. Only `inception`, which
-is known by its hash, runs without the user's consent. Grey images are repeated to three channels, except for LeNet.
+is known by its hash, runs without the user's consent. Grey images are repeated to three channels, except for those.
 """
 
 from __future__ import annotations
@@ -19,8 +21,7 @@ from typing import Any, Dict, Iterable, Optional, Tuple
 import torch
 from torch.nn import functional
 
-from art_edm.models.lenet import LeNet
-from art_edm.models.loading import bundled, load_classifier
+from art_edm.models.loading import bundled, classifier_kind, load_classifier
 from art_edm.pickles.records import PickleError
 from art_edm.pickles.trusted import load_trusted
 from art_edm.runtime.download import download, is_url
@@ -80,12 +81,12 @@ class ClassifierDetector(Detector):
 
     @torch.no_grad()
     def probabilities(self, images: torch.Tensor) -> torch.Tensor:
-        return functional.softmax(self._net.fc2(self.features(images)), dim=1)
+        return functional.softmax(self._net.classify(self.features(images)), dim=1)
 
     @torch.no_grad()
     def outputs(self, images: torch.Tensor, names: Iterable[str]) -> Dict[str, torch.Tensor]:
         features = self.features(images)
-        found = {"features": features, "probabilities": functional.softmax(self._net.fc2(features), dim=1)}
+        found = {"features": features, "probabilities": functional.softmax(self._net.classify(features), dim=1)}
         return {name: found[name] for name in names}
 
 
@@ -170,25 +171,30 @@ def load_detector(
         DetectorError: it cannot be used; one line.
         DownloadError, DownloadRefused: of a URL.
     """
-    if spec == "lenet":
-        if tuple(shape) != (1, 28, 28):
-            size = f"{shape[2]}x{shape[1]} with {shape[0]} channel(s)"
-            raise DetectorError(f"found images of {size}, expected grey 28x28 for LeNet; choose another --detector")
-        path = _verified(bundled("lenet.pt"), sha256)
-        return ClassifierDetector(load_classifier(LeNet, path).to(device), sha256_of(path))
     if spec == "inception":
         spec, sha256 = INCEPTION_URL, sha256 or INCEPTION_SHA256
     pickled = spec.split("?")[0].lower().endswith(".pkl")
     if pickled and not trust:
         raise DetectorError(f"{spec}: found a pickle, which runs code when read, expected a TorchScript (.pt); "
                             "add --trust-pickle if you trust its source")
-    path = _verified(_locate(spec, sha256, quiet), sha256)
-    digest = sha256_of(path)
+    path = _verified(bundled("lenet.pt") if spec == "lenet" else _locate(spec, sha256, quiet), sha256)
+    digest, kind = sha256_of(path), classifier_kind(path)
+    if kind is not None:
+        return _own(kind, path, tuple(shape), device)
     if not (trust or sha256 or digest == INCEPTION_SHA256):
         raise DetectorError(f"{spec}: found a TorchScript, which is a program and can write files, expected consent to "
                             f"run it; add --trust-detector, or --detector-sha256={digest}, if you trust its source")
     net = _read_pickle(path, device) if pickled else _read_script(path, device)
     return CallDetector(net, "inception" if digest == INCEPTION_SHA256 else spec, digest, shape, device, scores)
+
+
+def _own(kind: type, path: Path, shape: Tuple[int, ...], device: torch.device) -> ClassifierDetector:
+    """A classifier of this project, if the images are of the size it is for."""
+    if shape != kind.img_shape:
+        found, expected = ("{2}x{1} with {0} channel(s)".format(*size) for size in (shape, kind.img_shape))
+        raise DetectorError(f"found images of {found}, expected {expected} for {kind.__name__}; choose another "
+                            "--detector")
+    return ClassifierDetector(load_classifier(kind, path).to(device), sha256_of(path))
 
 
 def _locate(spec: str, sha256: Optional[str], quiet: bool) -> Path:

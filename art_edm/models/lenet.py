@@ -31,6 +31,10 @@ class LeNet(nn.Module):
         h = functional.max_pool2d(functional.relu(self.conv1(h)), 2)
         return functional.relu(self.fc1(functional.relu(self.fc0(h.flatten(1)))))
 
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, 84] -> class logits [B, 10]."""
+        return self.fc2(features)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Class logits [B, 10]."""
-        return self.fc2(self.features(x))
+        return self.classify(self.features(x))

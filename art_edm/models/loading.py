@@ -31,8 +31,8 @@ from art_edm.pickles.records import PickleError
 from art_edm.runtime.download import download, is_url
 from art_edm.runtime.files import file_kind, save_tensors, sha256_of
 
-__all__ = ["NetworkError", "Network", "bundled", "load_classifier", "load_network", "save_classifier",
-           "save_network"]
+__all__ = ["NetworkError", "Network", "bundled", "classifier_kind", "load_classifier", "load_network",
+           "save_classifier", "save_network"]
 
 FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1", ResNet: "art_edm.resnet/1"}
 LARGEST_SIZE = 1024  # of a width or resolution of our own networks; memory is taken by these before weights are read
@@ -145,6 +145,16 @@ def _pickled(
     if guide_path is not None:
         details.update(guidance=guidance, gnet=Path(urlsplit(gnet).path).name, gnet_sha256=sha256_of(guide_path))
     return Network(denoiser, Path(urlsplit(spec).path if is_url(spec) else spec).stem, sha256_of(path), details)
+
+
+def classifier_kind(path: Path) -> Optional[type]:
+    """The class whose weights a file holds, LeNet or ResNet; None for any other file."""
+    try:
+        content = load_tensors(path)
+    except (PickleError, OSError):
+        return None
+    found = content.get("format") if isinstance(content, dict) else None
+    return next((kind for kind in (LeNet, ResNet) if FORMATS[kind] == found), None)
 
 
 def load_classifier(kind: type, path: Optional[Path] = None) -> torch.nn.Module:

@@ -13,7 +13,8 @@ import torch
 from art_edm.metrics import detectors
 from art_edm.metrics.detectors import DetectorError, load_detector
 from art_edm.models.lenet import LeNet
-from art_edm.models.loading import load_classifier
+from art_edm.models.loading import load_classifier, save_classifier
+from art_edm.models.resnet import ResNet
 from art_edm.pickles import trusted
 from art_edm.runtime.download import DownloadRefused
 from tests.support.loopback import Loopback, whole
@@ -316,5 +317,23 @@ def test_a_trusted_pickle_finds_upstreams_modules(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32)])
 def test_lenet_takes_digits_only(shape):
     size = f"{shape[2]}x{shape[1]} with {shape[0]} channel"
-    with pytest.raises(DetectorError, match=f"found images of {size}.*expected grey 28x28 for LeNet"):
+    with pytest.raises(DetectorError, match=rf"found images of {size}.*expected 28x28 with 1 .* for LeNet"):
         load_detector("lenet", shape, CPU)
+
+
+def test_a_classifier_of_our_own_is_read_from_its_weight_file(tmp_path):
+    """No consent is asked for: such a file is data."""
+    torch.manual_seed(0)
+    net, path = ResNet().eval(), tmp_path / "resnet.pt"
+    save_classifier(path, net)
+    detector = load_detector(str(path), (3, 32, 32), CPU, scores=True)
+    x = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = net.features(x / 127.5 - 1)
+        expected = net(x / 127.5 - 1).softmax(dim=1)
+    assert (detector.name, detector.dim, detector.classes, detector.sha256) == ("resnet", 192, 10, sha256(path))
+    torch.testing.assert_close(detector.features(x), features, rtol=1e-2, atol=1e-3)  # half precision
+    torch.testing.assert_close(detector.probabilities(x), expected, rtol=1e-2, atol=1e-3)
+    assert (detector.features(x) - net.features(x / 255)).abs().max() > 1e-2  # the twin: another scale
+    with pytest.raises(DetectorError, match=r"found images of 28x28 with 1 .*expected 32x32 with 3 .* for ResNet"):
+        load_detector(str(path), (1, 28, 28), CPU)

@@ -148,7 +148,7 @@ def test_gen_refuses(run):
     refused(run(*GEN, "--out=none/t.json"), "there is no folder none")
     refused(run(*[arg for arg in GEN if not arg.startswith("--ref")]), "found no --ref")
     refused(run(*GEN, "--ref=missing.npz"), "missing.npz")
-    refused(run(*GEN, "--detector=lenet"), "expected grey 28x28 for LeNet")
+    refused(run(*GEN, "--detector=lenet"), "expected 28x28 with 1 channel(s) for LeNet")
     refused(run(*GEN, "--reference-error", "--error-steps=1", "--grid=edm,none.npy"), "none.npy")
     refused(run(*GEN, "--metrics=fid,is", "--splits=51"), "--splits=51 for 50 images")
     save_reference("four.npz", {"fid": {"mu": np.zeros(4), "sigma": np.eye(4)}}, 1000, {})

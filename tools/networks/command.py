@@ -19,6 +19,7 @@ from art_edm.compare.tables import Row
 from art_edm.grids.grid import edm
 from art_edm.metrics.detectors import ClassifierDetector, Detector
 from art_edm.metrics.frechet import Moments, frechet_distance, moments
+from art_edm.metrics.panel import Panel
 from art_edm.models.loading import Network, load_classifier, load_network, save_classifier, save_network
 from art_edm.runtime.cli import Command, command_line, versions
 from art_edm.runtime.distributed import ALONE
@@ -309,8 +310,10 @@ class Judge:
     def _score(self, network: Network, num: int, steps: int, label: str) -> Row:
         """Samples by EDM's rule, scored; those that an earlier run has finished are not made again."""
         choice = Choice("edm", edm(steps, SIGMA_MIN, SIGMA_MAX), "rule")
-        plan = Plan(network, [choice], (SOLVER,), num, seed=self.settings.seed, detector=self.detector,
-                    reference=self.reference)
+        mean, covariance = self.reference
+        plan = Plan(network, [choice], (SOLVER,), num, seed=self.settings.seed,
+                    panel=Panel(["fid"], {"detector": self.detector}),
+                    references={"fid": {"mu": mean, "sigma": covariance}})
         progress = Progress(plan.evaluations, label, self.settings.quiet)
         try:
             return score(plan, Work(Store(self.settings.out / "floors"), ALONE, 250, progress, self.stop))[0]
