@@ -1,5 +1,14 @@
 """Grids in the schedulers of diffusers: `use_grid`, right against a closed form or refused.
 
+Symbols
+-------
+sigmas     a scheduler's noise levels, float32; K + 1 values, of which the last is 0
+timesteps  what a scheduler hands the network for each level: log(sigma) / 4 in EDM's formulation, else the place
+           of sigma among the levels of the network's training
+
+Of its schedulers only EulerDiscreteScheduler has an argument for noise levels; EDMEulerScheduler's `sigmas` are
+places in [0, 1] of its own rule, and the others have none.
+
 Which of theirs is which of ours: Euler's is `euler`, Heun's `heun`, DPMSolverMultistepScheduler of order 2 `dpmpp2m`,
 all three on any grid. None of theirs extrapolates in the learned clock: the nearest to `clock-denoised` is
 DPMSolverMultistep, to `clock` DEISMultistepScheduler, whose polynomials are in log sigma. LMSDiscreteScheduler has the

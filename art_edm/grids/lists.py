@@ -1,15 +1,11 @@
-"""Grids of and for other programs: lists of noise levels as text, and diffusers' schedulers.
+"""Grids of and for other programs: lists of noise levels as text.
 
 Symbols
 -------
-list       noise levels as other programs write them, descending, [n]; the last may be above 0, where a grid's is 0
-sigmas     a scheduler's noise levels, float32; K + 1 values, of which the last is 0
-timesteps  what a scheduler hands the network for each level: log(sigma) / 4 in EDM's formulation, else the place
-           of sigma among the levels of the network's training
+list  noise levels as other programs write them, descending, [n]; the last may be above 0, where a grid's is 0
 
-A sampler that takes a list of sigmas (k-diffusion's do) takes `grid.values` as they are. diffusers' need `use_grid`:
-of its schedulers only EulerDiscreteScheduler has an argument for noise levels; EDMEulerScheduler's `sigmas` are
-places in [0, 1] of its own rule, and the others have none.
+A sampler that takes a list of sigmas (k-diffusion's do) takes `grid.values` as they are. diffusers' need
+`diffusers.use_grid`.
 """
 
 from __future__ import annotations

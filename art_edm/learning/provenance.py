@@ -1,4 +1,4 @@
-"""What a run tells: its score against the exact optimum, its provenance, its table."""
+"""What a run reports: its score against the exact optimum, its provenance, its table."""
 
 from __future__ import annotations
 
