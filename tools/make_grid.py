@@ -26,7 +26,6 @@ from art_edm.grids.lists import ENDS, check_list_destination, finish, list_file,
 from art_edm.grids.plots import check_plotting, plot_grid
 from art_edm.runtime.cli import Group
 from art_edm.runtime.files import check_destination, sha256_of
-from art_edm.sampling.solvers import SOLVERS, nfe
 
 FILE = click.Path(path_type=Path)
 
@@ -227,6 +226,8 @@ def import_command(source: str, end: Optional[str], out: Path) -> None:
 
 def evaluations(num_steps: int) -> str:
     """The cost of a grid under each solver, those of one cost together: "4 (euler, ipndm), 7 (heun)"."""
+    from art_edm.sampling.solvers import SOLVERS, nfe  # not for --help: torch takes seconds
+
     names: Dict[int, List[str]] = {}
     for solver in SOLVERS:
         names.setdefault(nfe(solver, num_steps), []).append(solver)

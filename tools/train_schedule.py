@@ -73,11 +73,16 @@ def main(network: str, steps: str, out: Optional[str], **given: Any) -> None:
       python tools/train_schedule.py --network=edm-cifar10-32x32-uncond-vp.pkl --out=art_cifar18.npy
       python tools/train_schedule.py --network=edm2.pkl --gnet=edm2-uncond.pkl --guidance=1.4 --steps=32
     """
+    from art_edm.models.loading import local_copy
     from art_edm.schedule import ScheduleOptions, learn_schedule, parse_steps
 
     learned = learn_schedule(network, parse_steps(steps), ScheduleOptions(**given), out or "art_{network}{steps}.npy")
     if not given["quiet"]:
         click.echo("\n".join(summary(list(learned.values()), given["plot"], given["preset"] == "paper")))
+        for option, address in (("network", network), ("gnet", given["gnet"] or "")):
+            copy = local_copy(address)
+            if copy:
+                click.echo(f"upstream's script takes this copy of the {option}, with no second download: {copy}")
 
 
 def summary(learned: List[Any], plotted: bool, each: bool) -> List[str]:

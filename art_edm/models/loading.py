@@ -31,7 +31,7 @@ from art_edm.pickles.records import PickleError
 from art_edm.runtime.download import download, is_url
 from art_edm.runtime.files import file_kind, save_tensors, sha256_of
 
-__all__ = ["NetworkError", "Network", "bundled", "classifier_kind", "load_classifier", "load_network",
+__all__ = ["NetworkError", "Network", "bundled", "classifier_kind", "load_classifier", "load_network", "local_copy",
            "save_classifier", "save_network"]
 
 FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1", ResNet: "art_edm.resnet/1"}
@@ -103,7 +103,7 @@ def load_network(
 def _file(spec: str, quiet: bool, option: str = "", expected: str = EXPECTED) -> Path:
     """The file that `spec` names, downloaded if it is an address."""
     if is_url(spec):
-        return download(spec, quiet=quiet)
+        return _of_upstream(spec) or download(spec, quiet=quiet)
     if "://" in spec:
         expected = "http:// or https://; download it, and give its path"
         raise NetworkError(f"{option}found the address {spec}, expected {expected}")
@@ -118,6 +118,22 @@ def _file(spec: str, quiet: bool, option: str = "", expected: str = EXPECTED) ->
         found = f"no file {path}" if looks_like_path else f"unknown network {spec!r}"
         raise NetworkError(f"{option}{found}; expected {expected}")
     return path
+
+
+def local_copy(spec: str) -> Optional[Path]:
+    """The pickle that was downloaded from an address for this package alone; None of anything else."""
+    path = download(spec) if is_url(spec) and not _of_upstream(spec) else None
+    return path if path and file_kind(path) == "a pickle" else None
+
+
+def _of_upstream(url: str) -> Optional[Path]:
+    """The pickle that upstream's scripts have downloaded from `url`, in the cache of their dnnlib; read as any other.
+
+    Found by the rule of dnnlib: the one file whose name begins with the address's MD5, put there by a rename.
+    """
+    home = os.environ.get("DNNLIB_CACHE_DIR") or Path.home() / ".cache" / "dnnlib"
+    found = list((Path(home) / "downloads").glob(hashlib.md5(url.encode()).hexdigest() + "_*"))
+    return found[0] if len(found) == 1 and found[0].is_file() and file_kind(found[0]) == "a pickle" else None
 
 
 def _is_weight_file(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from art_edm.models.loading import NetworkError, load_classifier, load_network, 
 from art_edm.models.resnet import ResNet
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.files import sha256_of
+from tests.support.loopback import Loopback, isolate, whole
 
 SMALL = dict(img_resolution=8, img_channels=1, sigma_data=0.4, data_mean=-0.2, width=8, deep_width=12, emb=8)
 
@@ -274,3 +276,48 @@ def test_a_factory(tmp_path, monkeypatch):
         load_network("own_factory:make", class_idx=1)
     assert str(tmp_path) not in sys.path
     sys.modules.pop("own_factory")
+
+
+# --- addresses ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path):
+    """A server, and an empty folder where upstream's scripts would keep downloads."""
+    isolate(monkeypatch, tmp_path / "cache")
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "dnnlib"))
+    (tmp_path / "dnnlib" / "downloads").mkdir(parents=True)
+    with Loopback() as server:
+        yield server, tmp_path / "dnnlib" / "downloads"
+
+
+def test_what_upstream_has_downloaded_is_not_downloaded_again(downloads, tmp_path):
+    server, theirs = downloads
+    url = server.on("/net.pkl", whole(pickle.dumps([1])))
+    digest, hostile = hashlib.md5(url.encode()).hexdigest(), f"cos\nsystem\n(S'touch {tmp_path}/ran'\ntR."
+    (theirs / f"tmp_1_{digest}_net.pkl").write_bytes(b"half of it")
+    copy = theirs / f"{digest}_net.pkl"
+    copy.write_bytes(b"\x80\x04" + hostile.encode())
+    with pytest.raises(ValueError, match=re.escape(str(copy))):
+        load_network(url)  # read, by the reader that runs nothing
+    assert server.asked == [] and not (tmp_path / "ran").exists() and loading.local_copy(url) is None
+
+
+@pytest.mark.parametrize("names", [[], ["{}_a.pkl", "{}_b.pkl"], ["tmp_1_{}_a.pkl"], ["{}.pkl"]])
+def test_what_upstream_would_not_take_is_downloaded(downloads, names):
+    server, theirs = downloads
+    url = server.on("/net.pkl", whole(pickle.dumps([1])))
+    for name in names:
+        (theirs / name.format(hashlib.md5(url.encode()).hexdigest())).write_bytes(b"\x80\x04].")
+    with pytest.raises(ValueError):
+        load_network(url)
+    copy = loading.local_copy(url)
+    assert len(server.asked) == 1 and copy.read_bytes() == pickle.dumps([1]) and theirs not in copy.parents
+
+
+def test_a_page_in_upstreams_cache_is_downloaded_anew(downloads, path):
+    server, theirs = downloads
+    url = server.on("/mine.pt", whole(path.read_bytes()))
+    (theirs / (hashlib.md5(url.encode()).hexdigest() + "_mine.pt")).write_bytes(b"<html>Sign in</html>")
+    assert load_network(url).sha256 == sha256_of(path) and len(server.asked) == 1
+    assert loading.local_copy(url) is None is loading.local_copy("mnist")  # no pickle: upstream's script reads no other
