@@ -77,7 +77,10 @@ def architecture(name: str = ARCHITECTURE, **options: Any) -> torch.nn.Module:
     except ImportError:
         raise DetectorError("fd_dinov2 needs the package timm, which has DINOv2's architecture; pip install timm, or "
                             "leave fd_dinov2 out with --metrics=fid") from None
-    return timm.create_model(name, img_size=SIZE, **options)
+    except Exception as error:  # a torchvision of another build raises more than ImportError
+        raise DetectorError(f"timm is installed and cannot be imported ({type(error).__name__}: {error}); install a "
+                            "torchvision that fits torch, or leave fd_dinov2 out with --metrics=fid") from None
+    return timm.create_model(name, img_size=SIZE, num_classes=0, **options)
 
 
 def as_timm(state: Dict[str, torch.Tensor], grid: int = SIZE // 14) -> Dict[str, torch.Tensor]:
