@@ -28,6 +28,7 @@ setup(
     extras_require={
         "plot": ["matplotlib"],
         "diffusers": ["diffusers>=0.30"],
+        "dinov2": ["timm>=1.0"],
         # scipy 1.18 lost the sqrtm that the Frechet distance is tested against
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "tqdm", "setuptools>=70.1",
                  "scipy<1.18"],
