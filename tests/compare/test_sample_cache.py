@@ -5,6 +5,7 @@ step multiplies the distance from the mean by a number.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from art_edm.compare.sample_cache import Samples, Work, check_images, end_points, scored
 from art_edm.compare.score_grids import Fine, Plan, score
+from art_edm.compare.tables import lines
 from art_edm.grids.grid import edm
 from art_edm.metrics.detectors import Detector
 from art_edm.metrics.frechet import frechet_distance, moments
@@ -158,6 +160,30 @@ def test_reference_error_against_the_exact_flow(tmp_path):
 
 
 # --- batches and processes ---------------------------------------------------------------------------
+
+
+def test_feature_distance_to_the_exact_ends_of_the_same_noises(tmp_path):
+    """Against features of the closed form's images; zero for the fine solution itself."""
+    fine, fine_grid = Fine(40, 60, "heun"), edm(60, 0.002, 80)
+    choices = [Choice("edm", GRID, "rule"), Choice("ten", TEN, "rule"), Choice("fine", fine_grid, "rule")]
+    detector, reference = Linear(), (np.zeros(3), np.eye(3))
+    plan = Plan(gaussian(), choices, ("heun",), 50, 2, 0, panel(detector), moments_as(*reference), fine)
+    rows = score(plan, work(tmp_path))
+    both = lambda grid: np.concatenate([expected_images(grid, 40, b * 50).numpy() for b in range(2)])
+    seen = lambda grid: pixels_of(torch.from_numpy(both(grid))) @ detector.matrix.numpy().T
+    exact = moments(seen(fine_grid))
+    for row, choice in zip(rows, choices):
+        assert row["fid_to_exact"] == pytest.approx(frechet_distance(*moments(seen(choice.grid)), *exact), rel=1e-6,
+                                                    abs=1e-7)
+        assert row["fid_of_exact"] == pytest.approx(frechet_distance(*exact, *reference), rel=1e-9)
+    assert rows[0]["fid_to_exact"] > 4 * rows[0]["fid_to_exact_stderr"] > 0 and rows[2]["fid_to_exact"] < 1e-7
+    other = moments(pixels_of(expected_images(fine_grid, 80, 200)) @ detector.matrix.numpy().T)
+    assert frechet_distance(*other, *exact) > 1  # the twin: ends of other noises are far from these
+    assert "FID to exact ends" in lines(rows)[0] and "FID of exact ends" in lines(rows)[0]
+    without = score(replace(plan, references={}), work(tmp_path))  # no data set is needed
+    assert without[0]["fid_to_exact"] == rows[0]["fid_to_exact"] and "fid" not in without[0]
+    calls = detector.calls
+    assert score(plan, work(tmp_path))[1]["fid_to_exact"] == rows[1]["fid_to_exact"] and detector.calls == calls
 
 
 class OneOf(World):

@@ -121,6 +121,19 @@ def test_error_alone_needs_no_reference(run):
     assert "fid" not in row and row["images"] == 9
 
 
+def test_a_detector_without_a_reference_gives_the_feature_distance(run):
+    args = ["gen", "--network=gaussian:0.2", "--grid=edm", "--steps=3", "--reference-error", "--error-noises=40",
+            "--error-steps=20", "--cache=cells", "--out=t.json", "--device=cpu", "--quiet"]
+    assert run(*args, "--detector=det.pt", "--trust-detector").exit_code == 0
+    (row,) = json.loads(Path("t.json").read_text())["rows"]
+    network = load_network("gaussian:0.2").denoiser
+    ends = [to_pixels(generate(network, edm(k, 0.002, 80), "heun", 40)).reshape(40, 1, 8, 8) for k in (3, 20)]
+    seen = [Standin()(pixels.repeat(1, 3, 1, 1), return_features=True).numpy() for pixels in ends]
+    assert row["fid_to_exact"] == pytest.approx(frechet_distance(*moments(seen[0]), *moments(seen[1])), rel=1e-4)
+    assert row["fid_to_exact_stderr"] > 0 and "fid" not in row and row["images"] == 40
+    refused(run(*args, "--detector=det.pt"), "found a TorchScript, which is a program", "--trust-detector")
+
+
 def test_stopped_and_continued(run, monkeypatch):
     whole = run(*GEN, "--grid=edm", "--steps=5", "--batch=8")
     original, made = GaussianDenoiser.denoise, []
