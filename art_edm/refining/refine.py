@@ -107,11 +107,8 @@ def refine_grids(
 
 
 def own_start(denoiser: Denoiser, own: Optional[Profile], num_steps: int) -> Dict[str, Grid]:
-    """The optimum of the solver's own local errors, by name, if it is measured and the model has its levels."""
-    try:
-        return {} if own is None else {OWN: fitted(denoiser, own.direct(num_steps))}
-    except ValueError:
-        return {}
+    """The optimum of the solver's own local errors, by name, at levels that the model has; none without a profile."""
+    return {} if own is None else {OWN: fitted(denoiser, own.direct(num_steps))}
 
 
 def refine(

@@ -170,5 +170,6 @@ def test_the_other_clock_is_that_of_the_solver_s_own_errors(tmp_path):
     assert {found.results[3].start, refine(model, grids[3], "heun", config, eights(), noises).start} == {OWN, "given"}
     plain = refine_grids(model, {3: grids[3]}, "heun", config, eights(), own_clock=False)
     assert plain.results[3].start == "given" and list(plain.evaluations) == ["ends", "refine"]
-    assert own_start(High(0.0, 0.25, (1, 2, 2), sigma_max=TOP), own, 18) == {}  # no such low levels
+    high = own_start(High(0.0, 0.25, (1, 2, 2), sigma_max=TOP), own, 18)[OWN]  # a model without such low levels
+    assert own.direct(18).values[-2] < 0.4 == high.values[-2] and own_start(model, None, 18) == {}
     assert own_start(model, own, 1)[OWN] == Grid([TOP, 0.0])
