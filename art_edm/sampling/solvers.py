@@ -101,7 +101,7 @@ SOLVERS: Dict[str, Solver] = {
     "unipc": Solver(multistep.unipc_step, 3, "UniPC-3, B2(h) (2302.04867)", past=3, rule=multistep.unipc(3)),
     "clock": multistep_solver(slopes_step, multistep.clock_slopes, 4, 2,
                               "slopes extrapolated in the learned clock", reach=1),
-    "clock-denoised": multistep_solver(denoised_step, multistep.clock_denoised, 3, 2,
+    "clock-denoised": multistep_solver(denoised_step, multistep.clock_denoised, 3, 1,
                                        "denoised images extrapolated in the learned clock", reach=1),
 }
 

@@ -33,7 +33,7 @@ def variants() -> Dict[str, Solver]:
     found = dict(SOLVERS)
     for name, step, rule, pairs in (
         ("slopes in the clock", slopes_step, multistep.clock_slopes, [(2, 2), (3, 1), (3, 2), (3, 3), (4, 1), (4, 3)]),
-        ("D in the clock", denoised_step, multistep.clock_denoised, [(2, 1), (2, 2), (3, 1), (3, 3), (4, 2)]),
+        ("D in the clock", denoised_step, multistep.clock_denoised, [(2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2)]),
         ("even weights", slopes_step, multistep.even_row, [(3, 3), (4, 1), (4, 4)]),
         ("even weights of D", denoised_step, multistep.even_row, [(3, 1), (3, 2)]),
         ("2M", denoised_step, multistep.dpmpp2m_row, [(2, 1)]),
