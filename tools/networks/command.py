@@ -22,7 +22,7 @@ from art_edm.metrics.frechet import Moments, frechet_distance, moments
 from art_edm.metrics.panel import Panel
 from art_edm.models.loading import Network, load_classifier, load_network, save_classifier, save_network
 from art_edm.runtime.cli import Command, command_line, versions
-from art_edm.runtime.distributed import ALONE
+from art_edm.runtime.distributed import ALONE, resolve_device
 from art_edm.runtime.errors import Stopped
 from art_edm.runtime.files import check_destination, sha256_of, write_json
 from art_edm.runtime.progress import GracefulStop, Progress
@@ -31,7 +31,7 @@ from art_edm.sampling.baselines import Choice
 from art_edm.sampling.generate import generate, sample_sheet
 from networks.classifier import ClassifierConfig, accuracy, train_classifier
 from networks.loop import Run, read_checkpoint
-from networks.score import ScoreConfig, read_snapshot, snapshot_path, train_score
+from networks.score import ScoreConfig, snapshot_path, train_score
 
 __all__ = ["DataSet", "Settings", "coarse", "save_every", "training_command"]
 
@@ -145,7 +145,7 @@ def training_command(data_set: DataSet, text: str) -> click.Command:
     ]
 
     def main(**values: Any) -> None:
-        _main(Settings(data_set, **values))
+        _main(Settings(data_set, **{**values, "device": str(resolve_device(values["device"]))}))
 
     main.__doc__ = text
     for option in reversed(options):
@@ -177,16 +177,7 @@ def _check(settings: Settings) -> None:
         load_classifier(data_set.judge, settings.start / data_set.judge_file)
     if settings.snapshot_samples == 1:
         raise ValueError("found --snapshot-samples=1, expected 0 or at least 2; a covariance needs two samples")
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = f"--device={settings.device} ({str(error).splitlines()[0][:100]})"
-        raise ValueError(f"cannot use {reason}; expected cpu, or cuda where torch finds one") from None
-    folder = settings.out / "floors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot create the folder {folder}: {error.strerror}; choose another --out") from None
+    Store(settings.out / "floors")
     for name in (*data_set.results, "score.ckpt", "judge.ckpt", "floors/x"):
         check_destination(settings.out / name)
     checkpoints = {settings.run(name).checkpoint: getattr(settings, name) for name in ("score", "judge")}
@@ -230,7 +221,7 @@ def _work(settings: Settings, data: Dict[str, Any], stop: GracefulStop) -> Dict[
         f"{fid}_test_vs_train": frechet_distance(
             *_moments(detector, data["test"][0], settings.device), *judge.reference),
         f"{fid}_floor": judge.floor(network),
-        "floor_over_training": judge.snapshots(),
+        "floor_over_training": judge.snapshots(trained["snapshots"]),
         "sha256": {name: sha256_of(settings.out / name) for name in data_set.results[:2]},
         "versions": versions(),
     }
@@ -293,15 +284,12 @@ class Judge:
         return {"samples": num, "solver": SOLVER, "grid": grid, "nfe": row["nfe"], "fid": row["fid"],
                 "stderr": row["fid_stderr"], "seconds": row["seconds"]}
 
-    def snapshots(self) -> List[Dict[str, Any]]:
+    def snapshots(self, taken: Dict[int, float]) -> List[Dict[str, Any]]:
         """The FID over the course of training, of fewer samples and steps than the floor's."""
-        num, every, rows = self.settings.snapshot_samples, self.settings.snapshots, []
-        for iteration in range(every, self.settings.iterations + 1, every) if num and every else []:
+        num, rows = self.settings.snapshot_samples, []
+        for iteration, seconds in taken.items() if num else ():
             path = snapshot_path(self.settings.run("score").checkpoint, iteration)
-            if not path.exists():  # made with other --snapshots before it was resumed
-                continue
-            net, seconds = read_snapshot(path, self.settings.device)
-            network = Network(net, path.stem, sha256_of(path))
+            network = load_network(str(path), self.settings.device)
             row = self._score(network, num, SNAPSHOT_STEPS, f"{self.settings.data_set.fid} at {iteration}")
             rows.append({"iteration": iteration, "seconds": seconds, "fid": row["fid"], "samples": num,
                          "nfe": row["nfe"]})

@@ -48,7 +48,7 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
 
 def train(
     parts: Dict[str, Any], step: Callable[[int], float], config: Any, build: Dict[str, Any], run: Run,
-    saved: Callable[[Dict[str, Any]], None] = lambda log: None,
+    saving: Callable[[Dict[str, Any]], None] = lambda log: None,
 ) -> Dict[str, Any]:
     """Take `config.iterations` steps.
 
@@ -57,7 +57,7 @@ def train(
         step: takes the iteration's number, trains, and returns the loss.
         config: the settings, a dataclass; a checkpoint of other settings is refused.
         build: what the images and settings make the network of; a checkpoint of another network is refused.
-        saved: called with the log after every regular checkpoint.
+        saving: called with the log before every regular checkpoint; what it puts there is kept.
     Returns:
         the log: `losses` (mean per `save_every` steps), `seconds`, `iteration`.
     Raises:
@@ -71,20 +71,19 @@ def train(
     began = time.monotonic() - log["seconds"]
 
     def save() -> None:
-        log["seconds"] = time.monotonic() - began
         state = {name: part.state_dict() for name, part in parts.items()}
         save_tensors(run.checkpoint, {**state, "log": log, "config": asdict(config), "build": build})
 
     with GracefulStop() as stop:
         for it in range(log["iteration"], config.iterations):
             log["running"] += step(it)
-            log["iteration"] = it + 1
+            log.update(iteration=it + 1, seconds=time.monotonic() - began)
             last = it + 1 == config.iterations
             if (it + 1) % run.save_every == 0 or last:
                 log["losses"].append(log["running"] / (it + 1 - log["since"]))
                 log.update(running=0.0, since=it + 1)
+                saving(log)
                 save()
-                saved(log)
             if stop.requested and not last:
                 save()
                 progress.close()

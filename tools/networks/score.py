@@ -15,13 +15,12 @@ from typing import Any, ClassVar, Dict, Optional, Tuple
 
 import torch
 
+from art_edm.models.loading import save_network
 from art_edm.models.unet import ScoreUNet
-from art_edm.pickles.archives import load_tensors
-from art_edm.runtime.files import save_tensors
 from art_edm.sampling.noise import seeded_generator
-from networks.loop import DAMAGED, Run, to_unit, train
+from networks.loop import Run, to_unit, train
 
-__all__ = ["ScoreConfig", "read_snapshot", "score_loss", "snapshot_path", "stratified_sigma", "train_score"]
+__all__ = ["ScoreConfig", "score_loss", "snapshot_path", "stratified_sigma", "train_score"]
 
 
 @dataclass(frozen=True)
@@ -125,32 +124,19 @@ def train_score(
         snapshot_every: keep the averaged weights of every so many steps beside the checkpoint; 0 for none.
         start: the network to go on from, whose weight file `config.start` names; random weights without.
     Returns:
-        the loop's log, and `ema`, the averaged network.
+        the loop's log, with `snapshots`: iteration -> seconds until then; and `ema`, the averaged network.
     """
     build, parts = _parts(images, config, device, start)
 
-    def saved(log: Dict[str, Any]) -> None:
+    def saving(log: Dict[str, Any]) -> None:
         if snapshot_every and log["iteration"] % snapshot_every == 0:
-            snapshot = {"config": build, "state": parts["ema"].state_dict(), "seconds": log["seconds"]}
-            save_tensors(snapshot_path(run.checkpoint, log["iteration"]), snapshot)
+            save_network(snapshot_path(run.checkpoint, log["iteration"]), parts["ema"])
+            log.setdefault("snapshots", {})[log["iteration"]] = log["seconds"]
 
-    log = train(parts, lambda it: _step(*parts.values(), images, config, it), config, build, run, saved)
-    return {**log, "ema": parts["ema"]}
+    log = train(parts, lambda it: _step(*parts.values(), images, config, it), config, build, run, saving)
+    return {"snapshots": {}, **log, "ema": parts["ema"]}
 
 
 def snapshot_path(checkpoint: Path, iteration: int) -> Path:
     """Where `train_score` keeps the averaged weights after `iteration` steps."""
     return checkpoint.with_name(f"ema_{iteration:06d}.pt")
-
-
-def read_snapshot(path: Path, device: str = "cpu") -> Tuple[ScoreUNet, float]:
-    """The averaged network of a snapshot, and the seconds of training until then; a ValueError if it is damaged."""
-    try:
-        content = load_tensors(path)
-        net = ScoreUNet(**content["config"])
-        net.load_state_dict(content["state"])
-        seconds = float(content["seconds"])
-    except DAMAGED as error:
-        what = f"damaged or not a snapshot ({type(error).__name__})"
-        raise ValueError(f"{path} is {what}; remove it to go without") from None
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), seconds

@@ -13,8 +13,9 @@ import pytest
 import torch
 from networks import score as pretrain
 from networks.loop import Run, read_checkpoint
-from networks.score import ScoreConfig, read_snapshot, score_loss, snapshot_path, stratified_sigma, train_score
+from networks.score import ScoreConfig, score_loss, snapshot_path, stratified_sigma, train_score
 
+from art_edm.models.loading import load_network
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.errors import Stopped
 
@@ -227,12 +228,11 @@ def test_half_of_the_images_are_mirrored(monkeypatch):
 def test_snapshots(whole):
     folder = whole[1].parent
     assert sorted(p.name for p in folder.iterdir()) == ["ema_000003.pt", "ema_000006.pt", "score.ckpt"]
-    net, seconds = read_snapshot(snapshot_path(whole[1], 6))
-    assert 0 < seconds < whole[0]["seconds"] and net.config == whole[0]["ema"].config
-    assert not same(net, whole[0]["ema"]) and not net.training
-    snapshot_path(whole[1], 3).write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"ema_000003\.pt is damaged or not a snapshot .*; remove it to go without"):
-        read_snapshot(snapshot_path(whole[1], 3))
+    assert list(whole[0]["snapshots"]) == [3, 6] and whole[0]["snapshots"][3] < whole[0]["snapshots"][6]
+    three, six = (load_network(str(snapshot_path(whole[1], iteration))).denoiser for iteration in (3, 6))
+    assert six.config == whole[0]["ema"].config and not same(three, six)
+    kept = {key: value.half().float() for key, value in whole[0]["ema"].state_dict().items()}
+    assert not all(torch.equal(kept[key], value) for key, value in six.state_dict().items())  # two steps before the end
 
 
 def test_the_average_is_a_power_function(monkeypatch):
