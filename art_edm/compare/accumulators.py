@@ -9,17 +9,17 @@ content    named arrays: of a tally, all that continues it to the same bytes; of
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from art_edm.metrics.panel import Accumulators
+from art_edm.models.latents import Decode
 from art_edm.sampling.generate import to_pixels
 
-__all__ = ["Decode", "EndPoints", "MetricTally", "Tally", "as_pixels", "missing"]
+__all__ = ["EndPoints", "MetricTally", "Tally", "as_pixels", "missing"]
 
-Decode = Callable[[torch.Tensor], torch.Tensor]
 Content = Dict[str, np.ndarray]
 Span = Tuple[int, int]
 

@@ -20,11 +20,12 @@ from art_edm.compare.options import (
     several,
     show,
 )
-from art_edm.compare.sample_cache import Work, check_images
+from art_edm.compare.sample_cache import Work
 from art_edm.compare.score_folders import compare, open_entries, parse_entries
 from art_edm.compare.score_grids import Fine, Plan, score
 from art_edm.compare.tables import FORMATS, Row, lines, write
 from art_edm.grids.plots import check_plotting
+from art_edm.models.latents import decoder_of
 from art_edm.models.loading import Network, load_network
 from art_edm.runtime.cli import Command
 from art_edm.runtime.context import Context
@@ -133,8 +134,8 @@ def _plan(options: Dict[str, Any], network: Network, context: Context) -> Tuple[
              if click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE]
     if options["ref"] is None and plan.fine and not asked:  # no features: Inception would have to be downloaded
         return plan, {}
-    check_images(network)
-    found = judges(options, network.denoiser.img_shape, context, needs_reference=plan.fine is None)
+    plan = replace(plan, decode=decoder_of(network))
+    found = judges(options, plan.image_shape, context, needs_reference=plan.fine is None)
     plan = replace(plan, panel=found.panel, references=found.references)
     show([*found.notes, *(few_notes(options["num"], found.panel.metrics, "images per block") if plan.scores else [])])
     if "is" in found.panel.metrics and options["splits"] > options["num"]:

@@ -20,11 +20,12 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import numpy as np
 import torch
 
-from art_edm.compare.accumulators import Decode, EndPoints, MetricTally, Tally, missing
+from art_edm.compare.accumulators import EndPoints, MetricTally, Tally, missing
 from art_edm.grids.grid import Grid
 from art_edm.metrics.metric import Metric
 from art_edm.metrics.panel import Accumulators, Panel
 from art_edm.models.denoiser import Denoiser
+from art_edm.models.latents import Decode
 from art_edm.models.loading import Network
 from art_edm.runtime.distributed import World
 from art_edm.runtime.errors import Stopped
@@ -33,7 +34,7 @@ from art_edm.runtime.store import Content, Store
 from art_edm.sampling.noise import noise_and_labels
 from art_edm.sampling.solvers import nfe, sample
 
-__all__ = ["Samples", "Scored", "Work", "check_images", "end_points", "entry", "scored"]
+__all__ = ["Samples", "Scored", "Work", "end_points", "entry", "scored"]
 
 Span = Tuple[int, int]
 
@@ -109,16 +110,6 @@ class Scored(NamedTuple):
 
     of: Dict[str, List[Metric]]  # metric -> its groups
     seconds: float
-
-
-def check_images(network: Network) -> None:
-    """Raise a ValueError if the network does not make images of pixels."""
-    channels, height, width = network.denoiser.img_shape
-    if channels not in (1, 3):
-        raise ValueError(
-            f"{network.name} makes latents of {channels}x{height}x{width}, expected images of 1 or 3 channels; "
-            "decoding needs its VAE (diffusers): make images with EDM2's generate_images.py, then use fid.py compare"
-        )
 
 
 def scored(

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 import numpy as np
 import torch
 
-from art_edm.compare.accumulators import Decode, as_pixels
+from art_edm.compare.accumulators import as_pixels
 from art_edm.compare.sample_cache import Samples, Work, end_points, scored
 from art_edm.compare.tables import Row, add_differences, add_measurements, fields
 from art_edm.grids.grid import Grid
@@ -25,6 +25,7 @@ from art_edm.metrics.metric import Metric, measure, paired_distance, pooled
 from art_edm.metrics.mnist import FILES, load_mnist
 from art_edm.metrics.panel import Accumulators, Panel
 from art_edm.metrics.standard_errors import Measurement
+from art_edm.models.latents import Decode
 from art_edm.models.loading import Network
 from art_edm.runtime.store import Content, Store
 from art_edm.sampling.baselines import Choice, hand_made
@@ -58,6 +59,14 @@ class Plan:
     references: Mapping[str, Content] = field(default_factory=dict)  # of each metric that needs one
     fine: Optional[Fine] = None
     decode: Optional[Decode] = None  # of a network that makes latents
+
+    @property
+    def image_shape(self) -> Tuple[int, int, int]:
+        """(C, H, W) of what the detectors see."""
+        shape = self.network.denoiser.img_shape
+        if self.decode is None:
+            return shape
+        return tuple(self.decode(torch.zeros(1, *shape, device=self.network.denoiser.device)).shape[1:])
 
     @property
     def scores(self) -> bool:

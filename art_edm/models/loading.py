@@ -26,7 +26,7 @@ from art_edm.models.nvlabs import NetworkDenoiser
 from art_edm.models.resnet import ResNet
 from art_edm.models.unet import ScoreUNet
 from art_edm.pickles.archives import load_tensors
-from art_edm.pickles.network import load_network_pickle
+from art_edm.pickles.network import Encoder, load_network_pickle
 from art_edm.pickles.records import PickleError
 from art_edm.runtime.download import download, is_url
 from art_edm.runtime.files import file_kind, save_tensors, sha256_of
@@ -51,6 +51,7 @@ class Network(NamedTuple):
     name: str  # short, used in file names
     sha256: Optional[str]  # of the file; None for a closed form
     details: Dict[str, Any] = {}  # of a pickle: class, its sources, class label, guidance
+    encoder: Optional[Encoder] = None  # of a pickle of EDM2: between pixels and latents
 
     @property
     def identity(self) -> str:
@@ -160,7 +161,8 @@ def _pickled(
     details: Dict[str, Any] = {"class": pickled.class_name, "sources": pickled.sources, "class_idx": class_idx}
     if guide_path is not None:
         details.update(guidance=guidance, gnet=Path(urlsplit(gnet).path).name, gnet_sha256=sha256_of(guide_path))
-    return Network(denoiser, Path(urlsplit(spec).path if is_url(spec) else spec).stem, sha256_of(path), details)
+    name = Path(urlsplit(spec).path if is_url(spec) else spec).stem
+    return Network(denoiser, name, sha256_of(path), details, pickled.encoder)
 
 
 def classifier_kind(path: Path) -> Optional[type]:

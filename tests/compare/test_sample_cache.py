@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from art_edm.compare.sample_cache import Samples, Work, check_images, end_points, scored
+from art_edm.compare.sample_cache import Samples, Work, end_points, scored
 from art_edm.compare.score_grids import Fine, Plan, score
 from art_edm.compare.tables import lines
 from art_edm.grids.grid import edm
@@ -19,6 +19,7 @@ from art_edm.metrics.detectors import Detector
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.panel import Panel
 from art_edm.models.analytic import GaussianDenoiser
+from art_edm.models.latents import decoder_of
 from art_edm.models.loading import Network
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.distributed import World
@@ -235,11 +236,42 @@ def test_processes_that_do_not_share_the_folder_are_told(tmp_path):
 # --- choices -----------------------------------------------------------------------------------------
 
 
-def test_latents_of_a_vae_are_refused():
-    network = Network(GaussianDenoiser(0, 1, (4, 8, 8)), "edm2", None)
-    with pytest.raises(ValueError, match="edm2 makes latents of 4x8x8, .*VAE .diffusers."):
-        check_images(network)
-    assert check_images(gaussian()) is None
+class Vae:
+    """Stands for an encoder of EDM2: pixels are blocks of 8 x 8 of the first three latents."""
+
+    def realise(self):
+        return self
+
+    def init(self, device):
+        if self.missing:
+            raise ModuleNotFoundError("no", name=self.missing)
+
+    def decode(self, latents):
+        assert latents.dtype == torch.float32 and len(latents) <= 8
+        pixels = ((latents[:, :3] + 1) / 2).clamp(0, 1).mul(255).to(torch.uint8)
+        return pixels.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    missing = None
+
+
+def test_latents_are_decoded_before_a_detector_sees_them(tmp_path):
+    network = Network(GaussianDenoiser(MEAN, STD**2, (4, 1, 1)), "edm2", None, {}, Vae())
+    decode, detector = decoder_of(network), Linear()
+    detector.matrix = torch.randn(3, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plan = Plan(network, [Choice("edm", GRID, "rule")], decode=decode, panel=panel(detector), num=30)
+    assert plan.image_shape == (3, 8, 8)
+    found = scored(plan.samples(GRID, "heun", 0), panel(detector, "kid"), work(tmp_path), 1, decode).of["kid"][0]
+    z = latents(0, range(30), (4, 1, 1)).double()
+    exact = MEAN + gain(GRID) * np.sqrt(STD**2 + 80**2) * z
+    pixels = Vae().decode(exact[:8].float()).flatten(1).double()
+    assert np.allclose(found.content()["features"][:8], pixels @ detector.matrix.T, rtol=1e-6)
+    assert decoder_of(gaussian()) is None
+    for encoder, text in ((None, "edm2 makes latents of 4x1x1 and has no decoder, .*use fid.py compare"),
+                          (Vae(), "edm2 makes latents, and decoding them needs diffusers; pip install diffusers")):
+        Vae.missing = "diffusers"
+        with pytest.raises(ValueError, match=text):
+            decoder_of(network._replace(encoder=encoder))
+    Vae.missing = None
 
 
 def test_differences_are_to_the_first_grid_of_the_same_steps_and_solver(tmp_path):

@@ -21,7 +21,6 @@ from paper import run_all as reproduction
 from paper.context import INCEPTION, Lab
 from paper.experiments import AFHQ, CIFAR, FFHQ, IMAGENET, TABLES, XS
 from paper.report import read_results
-from paper.tables import latents as latent_images
 from paper.tables.transfer import Fine, endpoint
 
 from art_edm.compare.sample_cache import Samples, scored
@@ -31,6 +30,7 @@ from art_edm.metrics.detectors import CallDetector
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.panel import Panel
 from art_edm.metrics.references import load_reference, save_reference
+from art_edm.models.latents import decoder_of
 from art_edm.models.loading import load_network
 from art_edm.runtime.distributed import World
 from art_edm.runtime.store import Store
@@ -194,7 +194,7 @@ def test_table_8_is_the_inception_score(done):
 def test_latents_are_decoded_before_they_become_pixels(done, tmp_path):
     lab, _ = done
     lab = replace(lab, store=Store(tmp_path / "cells"))
-    network, decode = lab.network(XS), latent_images.decoder_of(XS, lab)
+    network, decode = lab.network(XS), decoder_of(lab.network(XS))
     latents = spots(5, 7, channels=4)[0]
     pixels = decode(latents)
     assert pixels.shape == (5, 3, 64, 64) and torch.equal(pixels[:, :, ::8, ::8], pixels[:, :, 7::8, 7::8])
@@ -210,14 +210,14 @@ def test_latents_are_decoded_before_they_become_pixels(done, tmp_path):
     assert found == pytest.approx(exact, abs=1e-4) and np.abs(inverted - found).max() > 0.01
     with pytest.raises(Exception, match="6x256 and 192x6"):  # of latents, the detector can make nothing
         kept(CallDetector(StandIn(192, 6), "d", "2" * 64, (3, 8, 8), torch.device("cpu")), None)
-    assert latent_images.decoder_of(CIFAR, lab) is None
+    assert decoder_of(lab.network(CIFAR)) is None
 
 
 def test_without_the_package_that_decodes_one_line_says_so(networks, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     lab = Lab(Store(tmp_path / "cells"), World(), tmp_path, networks, forced=True)
     with pytest.raises(ValueError, match=r"makes latents, and decoding them needs diffusers; pip install diffusers"):
-        latent_images.decoder_of(XS, lab)
+        decoder_of(lab.network(XS))
 
 
 DRIVER = """

@@ -19,7 +19,6 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from art_edm.compare.accumulators import Decode
 from art_edm.compare.sample_cache import Samples, Scored, Work, end_points, scored
 from art_edm.grids.grid import Grid
 from art_edm.metrics.detectors import Detector
@@ -29,6 +28,7 @@ from art_edm.metrics.metric import measure, pooled
 from art_edm.metrics.mnist import load_mnist
 from art_edm.metrics.panel import Accumulators, Panel
 from art_edm.metrics.standard_errors import Measurement
+from art_edm.models.latents import Decode
 from art_edm.models.loading import Network
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.solvers import nfe, supported

@@ -15,12 +15,12 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import torch
 
-from art_edm.compare.accumulators import Decode
 from art_edm.grids.grid import Grid, read_off, resample
 from art_edm.learning.provenance import clock_score
 from art_edm.metrics.panel import Panel
 from art_edm.metrics.standard_errors import Difference, Measurement, difference, jackknife
 from art_edm.models.denoiser import Denoiser
+from art_edm.models.latents import Decode, decoder_of
 from art_edm.models.loading import Network
 from art_edm.runtime.progress import Progress
 from art_edm.sampling.baselines import hand_made
@@ -32,7 +32,6 @@ from paper.kept_runs import Run
 from paper.plots import plot_clock, plot_sheets
 from paper.report import Result
 from paper.tables.fid_cells import FINE_STEPS, PARTS, Bench, Cell
-from paper.tables.latents import decoder_of
 
 __all__ = ["END_POINTS", "grids_of", "ratio", "run_images"]
 
@@ -79,7 +78,7 @@ def run_images(experiment: Experiment, lab: Lab) -> Result:
     """Sample and score every cell, and draw what shows them."""
     began, network = time.monotonic(), lab.network(experiment.network)
     teacher = lab.network(experiment.learned_on) if experiment.learned_on else network
-    decode = decoder_of(experiment.network, lab)
+    decode = decoder_of(network)
     run = lab.run(teacher)
     table = grids_of(experiment, network.denoiser, run, lab.resample)
     scores = experiment.metric == "is"
