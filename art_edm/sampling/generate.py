@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Callable, Optional, Union
 
 import numpy as np
 import torch
@@ -17,45 +17,48 @@ from art_edm.runtime.progress import GracefulStop, Progress
 from art_edm.sampling.noise import noise_and_labels
 from art_edm.sampling.solvers import OnStep, sample
 
-__all__ = ["generate", "sample_sheet", "to_pixels"]
+__all__ = ["generate", "sample_sheet", "to_pixels", "watching"]
 
+Watch = Callable[[int], None]
 
 def generate(
-    denoiser: Denoiser, grid: Grid, solver: str, num: int, seed: int = 0, batch: int = 250,
-    progress: Optional[Progress] = None, stop: Optional[GracefulStop] = None, first: int = 0,
+    denoiser: Denoiser, grid: Grid, solver: str, images: Union[int, range], seed: int = 0, batch: int = 250,
+    watch: Optional[Watch] = None,
 ) -> torch.Tensor:
     """Sample images; image i depends on (seed, i) only, not on the batch it is made in (up to rounding).
 
     Args:
-        num: number of images, of the indices `first` to `first + num - 1`.
+        images: how many, or the range of their indices.
         batch: images per evaluation.
-        progress: counts the steps done, summed over images.
-        stop: asked after every step.
+        watch: called after every step with the number of steps done, summed over images; may raise.
     Returns:
-        Images, float32 [num, C, H, W] on the CPU; not clipped.
-    Raises:
-        Stopped: `stop` was requested.
+        Images, float32 [N, C, H, W] on the CPU; not clipped.
     """
-    end = first + num
+    indices = range(images) if isinstance(images, int) else images
     parts = [torch.empty(0, *denoiser.img_shape)]
-    for start in range(first, end, batch):
-        indices = range(start, min(start + batch, end))
-        watch = _watch(progress, stop, start * grid.num_steps)
+    for start in range(0, len(indices), batch):
+        on_step = _counting(watch, start * grid.num_steps)
         with torch.inference_mode():
-            noise, labels = noise_and_labels(denoiser, seed, indices)
-            images = sample(denoiser, noise, grid, solver, labels, on_step=watch)  # [b, C, H, W]
-        parts.append(images.to("cpu", torch.float32, copy=True))  # out here, so that it is an ordinary tensor
+            noise, labels = noise_and_labels(denoiser, seed, indices[start:start + batch])
+            made = sample(denoiser, noise, grid, solver, labels, on_step=on_step)  # [b, C, H, W]
+        parts.append(made.to("cpu", torch.float32, copy=True))  # out here, so that it is an ordinary tensor
     return torch.cat(parts)
 
 
-def _watch(progress: Optional[Progress], stop: Optional[GracefulStop], done: int) -> OnStep:
-    def on_step(k: int, sigma: float, x: torch.Tensor) -> None:
-        if stop is not None and stop.requested:
-            raise Stopped("stopped while sampling")
-        if progress is not None:
-            progress.update(done + k * len(x))
+def _counting(watch: Optional[Watch], done: int) -> Optional[OnStep]:
+    """What a solver calls, for a watch that counts the steps of images."""
+    return None if watch is None else lambda k, sigma, x: watch(done + k * len(x))
 
-    return on_step
+
+def watching(progress: Progress, stop: GracefulStop) -> Watch:
+    """A watch that shows progress, and raises Stopped when asked to stop."""
+
+    def watch(done: int) -> None:
+        if stop.requested:
+            raise Stopped("stopped while sampling")
+        progress.update(done)
+
+    return watch
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:

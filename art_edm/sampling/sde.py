@@ -16,7 +16,7 @@ euler      Euler-Maruyama: D + (1 - (1 + beta)(1 - r)) (x - D) + N, N = sqrt(bet
 from __future__ import annotations
 
 import zlib
-from typing import Iterable, Optional
+from typing import Iterable, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -27,15 +27,28 @@ from art_edm.models.evaluate import FiniteCheck
 from art_edm.sampling.noise import seeded_generator
 from art_edm.sampling.solvers import supported
 
-__all__ = ["SDE_STEPS", "sample_sde"]
+__all__ = ["Brownian", "SDE_STEPS", "sample_sde"]
 
 SDE_STEPS = ("ancestral", "euler")
 
 
+class Brownian(NamedTuple):
+    """The Brownian motion of a run.
+
+    Grids that share a path share the motion, whose steps add up to those of the grid.
+    """
+
+    seed: int = 0
+    path: Optional[np.ndarray] = None  # descending levels between which noise is drawn, all of the grid's among them
+
+
+SEED_0 = Brownian()
+
+
 @torch.no_grad()
 def sample_sde(
-    denoiser: Denoiser, latents: torch.Tensor, grid: Grid, beta: float = 1.0, seed: int = 0,
-    class_labels: Optional[torch.Tensor] = None, step: str = "ancestral", path: Optional[np.ndarray] = None,
+    denoiser: Denoiser, latents: torch.Tensor, grid: Grid, beta: float = 1.0, step: str = "ancestral",
+    class_labels: Optional[torch.Tensor] = None, brownian: Brownian = SEED_0,
 ) -> torch.Tensor:
     """Carry unit noise from the grid's first level to 0 by the reverse SDE; the step to 0 returns D.
 
@@ -45,8 +58,7 @@ def sample_sde(
         denoiser, latents, grid, class_labels: as of `solvers.sample`.
         beta: strength of the noise, not negative.
         step: a name in `SDE_STEPS`.
-        path: descending levels, among them all of the (rounded) grid's, between which the noise is drawn. Grids that
-            share a path share the Brownian motion, whose steps add up to those of the grid. The grid's by default.
+        brownian: what decides the noise.
     Returns:
         Images [B, C, H, W] float64; K evaluations each.
     Raises:
@@ -55,11 +67,11 @@ def sample_sde(
     """
     _check(beta, step)
     levels = supported(denoiser, grid).values
-    fine = levels if path is None else np.asarray(path, np.float64)
+    fine = levels if brownian.path is None else np.asarray(brownian.path, np.float64)
     place = np.searchsorted(-fine, -levels[:-1])
     if not np.array_equal(fine[np.minimum(place, len(fine) - 1)], levels[:-1]):
         raise ValueError("the path lacks a level of the grid; pass all of the grid's among the path's levels")
-    draw = _Noise(latents, seed)
+    draw = _Noise(latents, brownian.seed)
     x, check = denoiser.initial(latents, float(levels[0])).to(torch.float64), FiniteCheck(latents.device)
     for k, sigma in enumerate(levels[:-1]):
         denoised = check.see(denoiser(x, x.new_full((), sigma), class_labels), x.new_full((), sigma))

@@ -40,7 +40,7 @@ from art_edm.models.loading import load_network
 from art_edm.refining.levenberg_marquardt import levels_of, parameters_of
 from art_edm.runtime.files import write_json
 from art_edm.sampling.baselines import hand_made
-from art_edm.sampling.sde import sample_sde
+from art_edm.sampling.sde import Brownian, sample_sde
 from art_edm.sampling.solvers import fitted, supported
 
 STEPS = (3, 5, 7, 10, 18, 36)
@@ -145,8 +145,9 @@ def sampled(denoiser: Denoiser, beta: float, step: str, noises: int, fine: int) 
     rules, latents = grids_of(denoiser, beta, step), draw(denoiser, noises, 1000)
     del rules["uniform"]
     grids, path = paths_of(denoiser, rules, STEPS, fine)
-    reference = batches(lambda part: sample_sde(denoiser, part, Grid(path), beta, path=path), latents)
-    each = {key: rms(batches(lambda part, grid=grid: sample_sde(denoiser, part, grid, beta, step=step, path=path),
+    motion = Brownian(path=path)
+    reference = batches(lambda part: sample_sde(denoiser, part, Grid(path), beta, brownian=motion), latents)
+    each = {key: rms(batches(lambda part, grid=grid: sample_sde(denoiser, part, grid, beta, step=step, brownian=motion),
                              latents) - reference).numpy() for key, grid in grids.items()}
     found: Dict[str, List[Dict[str, Any]]] = {}
     for (name, k), error in each.items():
@@ -179,7 +180,7 @@ def lenet_fid(denoiser: Denoiser, data: Optional[Path], count: int, steps: Seque
     grids, path = paths_of(denoiser, kept, steps)
     latents, found = draw(denoiser, count, 2000), {}
     for key, grid in grids.items():
-        ends = batches(lambda part, grid=grid: sample_sde(denoiser, part, grid, path=path), latents)
+        ends = batches(lambda part, grid=grid: sample_sde(denoiser, part, grid, brownian=Brownian(path=path)), latents)
         images = (ends * 127.5 + 128).clip(0, 255).to(torch.uint8)
         judged = Accumulators(panel, count, panel.groups(count))
         for i, part in enumerate(images.split(500)):

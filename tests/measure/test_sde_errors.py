@@ -11,7 +11,7 @@ from art_edm.grids.grid import Grid
 from art_edm.measure.dense_paths import PathOptions, measure_along, place_points
 from art_edm.measure.sde_errors import SdeErrors, measure_stochastic
 from art_edm.models.analytic import GaussianDenoiser
-from art_edm.sampling.sde import sample_sde
+from art_edm.sampling.sde import Brownian, sample_sde
 from art_edm.sampling.solvers import integrate, sample, slope_of
 from tests.benchmarks.stochastic_clocks import churned, gaussian_errors, searched
 
@@ -75,11 +75,11 @@ def test_grids_share_the_brownian_motion_of_a_path(beta, step):
     net, latents = GaussianDenoiser(0.0, V, (1, 8, 8)), draw(60)
     dense = V**0.5 * np.tan(np.linspace(0, np.arctan(80 / V**0.5), 500)[:-1])
     path = np.unique(np.concatenate([GRID.values, dense]))[::-1]
-    fine = sample_sde(net, latents, Grid(path), beta, path=path)
-    coarse = sample_sde(net, latents, GRID, beta, step=step, path=path)
+    fine = sample_sde(net, latents, Grid(path), beta, brownian=Brownian(path=path))
+    coarse = sample_sde(net, latents, GRID, beta, step=step, brownian=Brownian(path=path))
     strong, weak = gaussian_errors(GRID.values, V, beta, step)
     assert float((coarse - fine).square().mean().sqrt()) == pytest.approx(strong, rel=0.04)
-    other = sample_sde(net, latents, GRID, beta, seed=1, step=step, path=path)
+    other = sample_sde(net, latents, GRID, beta, step=step, brownian=Brownian(1, path=path))
     assert float((other - fine).square().mean().sqrt()) > 1.3 * strong
 
 
@@ -182,9 +182,9 @@ def test_churn_s_recursion_is_heun_s_method_from_raised_levels():
 
 def test_noise_belongs_to_the_image():
     net = GaussianDenoiser(0.0, V, (1, 8, 8))
-    every = sample_sde(net, draw(5), GRID, seed=3)
-    torch.testing.assert_close(sample_sde(net, draw(5)[3:], GRID, seed=3), every[3:], rtol=0, atol=0)
-    assert not torch.equal(sample_sde(net, draw(5), GRID, seed=4), every)
+    every = sample_sde(net, draw(5), GRID, brownian=Brownian(3))
+    torch.testing.assert_close(sample_sde(net, draw(5)[3:], GRID, brownian=Brownian(3)), every[3:], rtol=0, atol=0)
+    assert not torch.equal(sample_sde(net, draw(5), GRID, brownian=Brownian(4)), every)
     small, large = (measure_stochastic(net, draw(5), clock(), 40, PathOptions(batch=batch)).norm for batch in (2, 8))
     np.testing.assert_array_equal(small, large)
     assert len(np.unique(large[:, 5])) == 5
@@ -193,7 +193,7 @@ def test_noise_belongs_to_the_image():
 @pytest.mark.parametrize("call, message", [
     (lambda net: sample_sde(net, draw(1), GRID, step="heun"), "heun"),
     (lambda net: sample_sde(net, draw(1), GRID, -1.0), "beta"),
-    (lambda net: sample_sde(net, draw(1), GRID, path=np.array([80.0, 1.0, 0.0])), "lacks a level"),
+    (lambda net: sample_sde(net, draw(1), GRID, brownian=Brownian(path=np.array([80.0, 1.0, 0.0]))), "lacks a level"),
     (lambda net: measure_stochastic(net, draw(1), clock(), 40, errors=SdeErrors(beta=0.0)), "beta"),
     (lambda net: measure_stochastic(net, draw(1), clock(), 9), "at least 10"),
     (lambda net: measure_stochastic(net, draw(1), clock(), 40, errors=SdeErrors(error="mean")), "'mean'"),

@@ -16,7 +16,7 @@ from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.errors import Stopped
 from art_edm.runtime.progress import GracefulStop
-from art_edm.sampling.generate import generate, sample_sheet, to_pixels
+from art_edm.sampling.generate import generate, sample_sheet, to_pixels, watching
 from art_edm.sampling.noise import latents, seeded_generator
 from art_edm.sampling.solvers import sample
 
@@ -60,7 +60,7 @@ def test_an_exact_denoiser_does_not_depend_on_batches_at_all():
     assert whole.shape == (7, 1, 28, 28) and whole.dtype == torch.float32
     for batch in (1, 3, 100):
         assert torch.equal(generate(DIGITS, GRID, "heun", 7, seed=3, batch=batch), whole)
-    assert torch.equal(generate(DIGITS, GRID, "heun", 3, seed=3, first=2), whole[2:5])
+    assert torch.equal(generate(DIGITS, GRID, "heun", range(2, 5), seed=3), whole[2:5])
     assert not torch.equal(generate(DIGITS, GRID, "heun", 7, seed=4), whole)
 
 
@@ -104,7 +104,7 @@ class Counter:
 
 def test_progress_counts_steps_of_images():
     counter = Counter()
-    generate(DIGITS, GRID, "heun", 5, batch=3, progress=counter)
+    generate(DIGITS, GRID, "heun", 5, batch=3, watch=counter.update)
     assert counter.seen == [3, 6, 9, 12, 14, 16, 18, 20]
 
 
@@ -112,7 +112,7 @@ def test_a_stop_is_seen_within_a_step():
     with pytest.raises(Stopped, match="stopped while sampling"), GracefulStop() as stop:
         counter = Counter()
         counter.update = lambda done, note="": os.kill(os.getpid(), signal.SIGTERM) if done == 6 else None
-        generate(DIGITS, GRID, "heun", 5, batch=3, progress=counter, stop=stop)
+        generate(DIGITS, GRID, "heun", 5, batch=3, watch=watching(counter, stop))
 
 
 # --- pixels -----------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def refused(result, *texts):
 def direct(rule, steps, first=0, num=50, solver="heun"):
     """FID of the stand-in's features of directly sampled images."""
     network = load_network("gaussian:0.2").denoiser
-    images = generate(network, RULES[rule](steps, 0.002, 80, 7), solver, num, first=first)
+    images = generate(network, RULES[rule](steps, 0.002, 80, 7), solver, range(first, first + num))
     detector = load_detector("det.pt", (1, 8, 8), torch.device("cpu"), trust=True)
     values = detector.features(to_pixels(images)[:, None]).numpy()
     return frechet_distance(*moments(values), np.zeros(5), 100 * np.eye(5))

@@ -28,7 +28,7 @@ from art_edm.runtime.files import check_destination, sha256_of, write_json
 from art_edm.runtime.progress import GracefulStop, Progress
 from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import Choice
-from art_edm.sampling.generate import generate, sample_sheet
+from art_edm.sampling.generate import generate, sample_sheet, watching
 from networks.classifier import ClassifierConfig, accuracy, train_classifier
 from networks.loop import Run, read_checkpoint
 from networks.score import ScoreConfig, snapshot_path, train_score
@@ -205,7 +205,7 @@ def _work(settings: Settings, data: Dict[str, Any], stop: GracefulStop) -> Dict[
     judge = Judge(settings, detector, _moments(detector, data["train"][0], settings.device), stop)
     progress = Progress(SHEET_IMAGES * SHEET_STEPS, "sample sheet", settings.quiet)
     grid = edm(SHEET_STEPS, SIGMA_MIN, SIGMA_MAX)
-    images = generate(network.denoiser, grid, SOLVER, SHEET_IMAGES, settings.seed, 100, progress, stop)
+    images = generate(network.denoiser, grid, SOLVER, SHEET_IMAGES, settings.seed, 100, watching(progress, stop))
     sample_sheet(images, sheet_path)
     progress.close()
     losses, fid = coarse(trained["losses"]), data_set.fid.lower().replace("-", "_")
