@@ -9,6 +9,8 @@ import click
 
 from art_edm.compare.commands import compare_command, gen_command
 from art_edm.compare.options import (
+    DETECTOR_HELP,
+    REFERENCE_HELP,
     Judges,
     context_of,
     described,
@@ -52,7 +54,7 @@ workers_option = click.option("--workers", type=click.IntRange(0, 64), default=2
                               help="Threads that read images; 0 for none beside the detector.")
 
 
-@main.command()
+@main.command(groups={"Images": "images num seed workers", **REFERENCE_HELP, **DETECTOR_HELP})
 @click.option("--images", required=True, metavar="DIR|ZIP", help="The images.")
 @click.option("--num", "--num-images", "num", type=click.IntRange(min=2), default=50000, show_default=True, metavar="N",
               help="How many of the images to use; fewer are an error. Newer torchrun knows only the longer name.")
@@ -116,7 +118,7 @@ def report(accumulators: Accumulators, found: Judges) -> Dict[str, Any]:
     return results
 
 
-@main.command("ref")
+@main.command("ref", groups={"Images": "data dest workers", **DETECTOR_HELP})
 @click.option("--data", required=True, metavar="DIR|ZIP", help="The images of the data set; all are used.")
 @click.option("--dest", required=True, metavar="F.npz|F.pkl", help="Where they go: .npz for EDM, .pkl for EDM2.")
 @workers_option

@@ -11,6 +11,8 @@ import click
 from click.core import ParameterSource
 
 from art_edm.compare.options import (
+    DETECTOR_HELP,
+    REFERENCE_HELP,
     context_of,
     detector_options,
     few_notes,
@@ -65,7 +67,13 @@ def _report(paths: Sequence[Path], rows: Sequence[Row], record: Row) -> None:
         click.echo(f"wrote {', '.join(map(str, paths))}")
 
 
-@click.command("gen", cls=Command)
+GEN_HELP = {
+    "Network": "network gnet guidance class_idx", "Grids and samples": "grids steps solvers num blocks seed",
+    "End-point errors": "reference_error error_noises error_steps error_solver", **REFERENCE_HELP, **DETECTOR_HELP,
+}
+
+
+@click.command("gen", cls=Command, groups=GEN_HELP)
 @click.option("--network", required=True, metavar="NAME|PATH|URL",
               help="mnist, oned, gaussian:S, a network pickle of EDM or EDM2, or a weight file.")
 @click.option("--gnet", metavar="PATH|URL", help="Guiding network pickle (EDM2).")
@@ -148,7 +156,7 @@ def _plan(options: Dict[str, Any], network: Network, context: Context) -> Tuple[
     return plan, found.record
 
 
-@click.command("compare", cls=Command)
+@click.command("compare", cls=Command, groups={"Images": "block num workers", **REFERENCE_HELP, **DETECTOR_HELP})
 @click.argument("folders", nargs=-1, required=True, metavar="NAME[@NFE]=DIR|ZIP...")
 @click.option("--block", type=click.IntRange(2), default=50_000, show_default=True, metavar="N",
               help="Images per seed block, consecutive by name; fewer in all are one block.")

@@ -21,6 +21,8 @@ from art_edm.runtime.store import Content, Store
 __all__ = ["Judges", "context_of", "detector_options", "judges", "record_of", "reference_options", "several", "show"]
 
 MNIST = "mnist:"
+DETECTOR_HELP = {"Metrics and detectors": "metrics detector detector_sha256 trust_detector dino_weights"}
+REFERENCE_HELP = {"Reference": "ref data splits"}
 Options = Dict[str, Any]
 
 

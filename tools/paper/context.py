@@ -18,6 +18,7 @@ from art_edm.compare.sample_cache import Work
 from art_edm.compare.score_grids import mnist_reference
 from art_edm.learning.config import PRESETS, TrainConfig
 from art_edm.metrics.detectors import INCEPTION_URL, Detector, load_detector
+from art_edm.metrics.dinov2 import DINO_URL, load_dinov2
 from art_edm.metrics.feature_stats import METRICS
 from art_edm.metrics.panel import Panel
 from art_edm.metrics.references import load_reference
@@ -30,7 +31,8 @@ from paper.kept_runs import Run, learn
 __all__ = ["INCEPTION", "Lab", "address_of"]
 
 _CDN = "https://nvlabs-fi-cdn.nvidia.com"
-INCEPTION = INCEPTION_URL.rpartition("/")[2]
+INCEPTION, DINO = (url.rpartition("/")[2] for url in (INCEPTION_URL, DINO_URL))
+IS_PARTS = 2  # of the Inception score, in each block
 _FOLDERS = {"edm-": f"{_CDN}/edm/pretrained", "edm2-": f"{_CDN}/edm2/posthoc-reconstructions",
             "img512": f"{_CDN}/edm2/dataset-refs", "inception": INCEPTION_URL.rpartition("/")[0]}
 
@@ -114,6 +116,16 @@ class Lab:
             name = str(self.file(INCEPTION) or INCEPTION)
             shape = (3, shape[1], shape[2])
         return load_detector(name, shape, self.device, scores, trust=self.trust, quiet=True)
+
+    def panel(self, metric: str, detector: str, reference: str, network: Network) -> Panel:
+        """A metric by its detector's name and, where the reference and the folder of networks have it, FD-DINOv2."""
+        metrics, detectors = [metric], {"detector": self.detector(detector, network, metric == "is")}
+        weights, statistics = self.file(DINO), self.file(reference)
+        known = load_reference(str(statistics), quiet=True).sets if weights and statistics and metric != "is" else {}
+        if "fd_dinov2" in known:
+            metrics.append("fd_dinov2")
+            detectors["dinov2"] = load_dinov2(str(weights), self.device, quiet=True)
+        return Panel(metrics, detectors, IS_PARTS)
 
     def references(self, name: str, panel: Panel) -> Dict[str, Content]:
         """Metric -> statistics of a data set: mnist:train, or an official file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +59,22 @@ def test_a_cell_is_scored_and_set_against_the_fine_solution_from_the_same_noise(
     assert cell.error.rms == pytest.approx(float(gaps.square().mean().sqrt()), rel=1e-6)
     other = images(bench, grid, "euler", 16)[8:] - images(bench, fine, "heun", 8)
     assert cell.error.rms < 0.5 * float(other.square().mean().sqrt())  # other noises would tell nothing
+
+
+def test_a_second_metric_stands_beside_the_first(bench):
+    """FD-DINOv2 of the same images, where a reference carries it."""
+    second = CallDetector(StandIn(192, 3), "dinov2", "1" * 64, (1, 8, 8), torch.device("cpu"))
+    reference = dict(zip(("mu", "sigma"), moments(np.random.default_rng(1).normal(1, 2, size=(300, 3)))))
+    panel = Panel(["fid", "fd_dinov2"], {"detector": bench.detector, "dinov2": second})
+    both = replace(bench, panel=panel, references={**bench.references, "fd_dinov2": reference})
+    grid = edm(4, 0.002, 80)
+    cell, alone = both.cell(grid), bench.cell(grid)
+    assert cell.value.mean == pytest.approx(alone.value.mean, rel=1e-12) and alone.others == {}
+    found = second.features(to_pixels(images(bench, grid, "euler")).reshape(-1, 1, 8, 8)).double().numpy()
+    assert cell.others["fd_dinov2"].mean == pytest.approx(frechet_distance(*moments(found), *reference.values()))
+    result = SimpleNamespace(more={}, more_stderr={}, paper={})
+    _comparisons({"edm": [cell]}, result)
+    assert result.more["FD-DINOv2"] == {"edm": [cell.others["fd_dinov2"].mean]}
 
 
 def test_yardsticks_are_the_floor_and_as_many_test_images(bench, monkeypatch):

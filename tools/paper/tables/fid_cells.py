@@ -35,20 +35,20 @@ from art_edm.sampling.solvers import nfe, supported
 from paper.context import Lab
 from paper.experiments import Experiment
 
-__all__ = ["PARTS", "Bench", "Cell"]
+__all__ = ["Bench", "Cell"]
 
 Content = Dict[str, np.ndarray]
 FINE_STEPS = 100
-PARTS = 2  # of the Inception score, in each block
 TEST_IMAGES = 10_000  # of MNIST
 
 
 class Cell(NamedTuple):
     """A measured cell."""
 
-    value: Measurement
+    value: Measurement  # of the panel's first metric
     seconds: float
     error: EndPointError
+    others: Mapping[str, Measurement] = {}  # of the panel's further metrics
 
 
 @dataclass
@@ -91,7 +91,8 @@ class Bench:
         if points is None:
             return None
         seconds = sum(block.seconds for block in blocks)
-        return Cell(self._value(blocks), seconds, end_point_error(points, fine))
+        others = {name: self._value(blocks, name) for name in self.panel.metrics[1:]}
+        return Cell(self._value(blocks), seconds, end_point_error(points, fine), others)
 
     def points(self, grid: Grid) -> Optional[np.ndarray]:
         """End points of the first noises, float64 [noises, C H W]; on process 0 only."""
@@ -125,9 +126,9 @@ class Bench:
         return [scored(Samples(self.network, grid, solver, self.size, self.lab.seed, block * self.size), self.panel,
                        self.work, groups, self.decode) for block in range(self.experiment.blocks)]
 
-    def _value(self, blocks: Sequence[Scored]) -> Measurement:
-        """The first metric of all blocks: the Inception score as their mean, others of all images at once."""
-        name = self.panel.metrics[0]
+    def _value(self, blocks: Sequence[Scored], name: Optional[str] = None) -> Measurement:
+        """A metric (the first) of all blocks: the Inception score as their mean, others of all images at once."""
+        name = name or self.panel.metrics[0]
         parts = [block.of[name] for block in blocks]
         if name not in self.references:
             return measure(parts)

@@ -17,7 +17,7 @@ import torch
 
 from art_edm.grids.grid import Grid, read_off, resample
 from art_edm.learning.provenance import clock_score
-from art_edm.metrics.panel import Panel
+from art_edm.metrics.feature_stats import METRICS
 from art_edm.metrics.standard_errors import Difference, Measurement, difference, jackknife
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.latents import Decode, decoder_of
@@ -31,7 +31,7 @@ from paper.experiments import Experiment
 from paper.kept_runs import Run
 from paper.plots import plot_clock, plot_sheets
 from paper.report import Result
-from paper.tables.fid_cells import FINE_STEPS, PARTS, Bench, Cell
+from paper.tables.fid_cells import FINE_STEPS, Bench, Cell
 
 __all__ = ["END_POINTS", "grids_of", "ratio", "run_images"]
 
@@ -82,8 +82,8 @@ def run_images(experiment: Experiment, lab: Lab) -> Result:
     run = lab.run(teacher)
     table = grids_of(experiment, network.denoiser, run, lab.resample)
     scores = experiment.metric == "is"
-    detector = lab.detector(experiment.detector, network, scores)
-    panel = Panel(["is" if scores else "fid"], {"detector": detector}, PARTS)
+    panel = lab.panel(experiment.metric, experiment.detector, experiment.reference, network)
+    detector = panel.detectors["detector"]
     references = {} if scores else lab.references(experiment.reference, panel)
     bench = Bench(experiment, network, panel, references, decode, lab, lab.work())
     cells = _measure(bench, table)
@@ -164,6 +164,10 @@ def _comparisons(rows: Rows, result: Result) -> None:
                 for name, row in rows.items() if name != "edm"}
         more[title] = {name: [gap.value for gap in row] for name, row in gaps.items()}
         errors[title] = {name: [gap.stderr for gap in row] for name, row in gaps.items()}
+    for metric in next(iter(rows.values()))[0].others:
+        title = METRICS[metric].title
+        more[title] = {name: [cell.others[metric].mean for cell in row] for name, row in rows.items()}
+        errors[title] = {name: [cell.others[metric].stderr for cell in row] for name, row in rows.items()}
     more[END_POINTS] = {name: [cell.error.rms for cell in row] for name, row in rows.items()}
     errors[END_POINTS] = {name: [cell.error.rms_stderr for cell in row] for name, row in rows.items()}
 
