@@ -8,11 +8,14 @@
 
     options = ScheduleOptions(refine=True, solver="heun", quiet=False)
     learn_schedule("edm-cifar10-32x32-uncond-vp.pkl", (18,), options, out="cifar{steps}.npy")
+    learn_schedule("mnist", options=ScheduleOptions(nfe=(4, 6)))     # 4 and 6 evaluations: solver and K are chosen
     learn_schedule(my_denoiser, steps=(8,))                          # any `art_edm.models.denoiser.Denoiser`
 
 Symbols
 -------
 K       steps of a grid; a grid has K + 1 levels, the last is 0
+N, NFE  evaluations of the denoiser per image
+key     what a grid is asked by: its K, or its N
 record  what a grid's JSON sidecar holds: scores, settings, costs, network, versions
 """
 
@@ -25,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -43,13 +46,16 @@ from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import World, world
 from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import hand_made
+from art_edm.sampling.budget import candidates, recommended, steps_of
 from art_edm.sampling.solvers import check_steps, fitted, order_of
 
 __all__ = ["Schedule", "ScheduleOptions", "learn_schedule", "parse_steps"]
 
 OBJECTIVES = ("art", "solver", "sde")
 MAX_STEPS = 100_000
-DECIDING = ("num_steps", "network", "settings", "objective", "solver", "refine", "sigma_min", "sigma_max")
+DECIDING = ("num_steps", "network", "settings", "objective", "solver", "candidates", "refine", "sigma_min", "sigma_max")
+
+Wanted = Dict[int, Dict[Optional[str], int]]  # key -> solver, None for a grid that serves any -> K
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,10 @@ class ScheduleOptions:
     trajectories: Optional[int] = None  # dense trajectories, at most
     seed: int = 0  # of all randomness
     objective: str = "art"  # art: |Q|, as in the paper; solver: the local errors of `solver`; sde: of the reverse SDE
-    solver: Optional[str] = None  # of objective "solver" and of `refine`; None: heun
+    solver: Optional[str] = None  # of objective "solver", `refine` and `nfe`; None: heun, with `nfe` chosen
     refine: bool = False  # then move the levels to where `solver` ends nearest to the exact solution
+    nfe: Optional[Sequence[int]] = None  # numbers of evaluations per image, in place of steps: `budget.recommended`
+    # says by which solver, with `refine` the one of `budget.candidates` that ends nearest on validation noises
     sigma_max: Optional[float] = None  # first noise level
     sigma_min: Optional[float] = None  # lowest noise level at which the network is measured
     gnet: Optional[str] = None  # path or address of a guiding network's pickle
@@ -92,7 +100,7 @@ class Schedule(NamedTuple):
 
 
 def learn_schedule(
-    network: Union[str, Path, Denoiser, Network], steps: Sequence[int] = (18,),
+    network: Union[str, Path, Denoiser, Network], steps: Optional[Sequence[int]] = None,
     options: Optional[ScheduleOptions] = None, out: Optional[str] = None,
 ) -> Dict[int, Schedule]:
     """Learn grids for a denoiser, all read off one run, and score them against the exact optimum.
@@ -103,11 +111,11 @@ def learn_schedule(
         network: a `Denoiser`; or a name, path or address as `load_network` takes them. "package.module:factory" calls
             factory(), which returns a `Denoiser`: this runs that module's code. Unfinished work is kept beside `out`,
             and found again by the same call, but for a `Denoiser`, since two of them cannot be distinguished.
-        steps: numbers of steps K, from 1; none twice.
-        out: where to write F.npy and F.json; {steps} becomes K, {network} the network's name with its class and
-            guidance. None writes nothing.
+        steps: numbers of steps K, from 1; none twice. None is 18, or what `options.nfe` asks for.
+        out: where to write F.npy and F.json; {steps} becomes K, or with `options.nfe` {nfe} becomes N; {network} the
+            network's name with its class and guidance. None writes nothing.
     Returns:
-        K -> `Schedule`.
+        K, or with `options.nfe` N -> `Schedule`.
     Raises:
         ValueError: something given cannot be used: a network, options that contradict each other or have no effect,
             more steps than the network has levels, a destination.
@@ -117,28 +125,30 @@ def learn_schedule(
         OSError, ConnectionError: a file cannot be written; an address or another process cannot be reached.
     """
     options = options or ScheduleOptions()
-    steps, config = _checked_steps(steps), _config(options)
+    config, wanted = _config(options), _wanted(steps, options)
+    label = "steps" if options.nfe is None else "nfe"
     if out is not None:  # before the network is loaded, or even downloaded
-        _check_pattern(out.replace("{network}", "network"), steps)
+        _check_pattern(out.replace("{network}", "network"), label, wanted)
     if options.plot:
         check_plotting()
     with world(options.device) as here:
         with here.phase():  # everything that can fail early
             began = time.perf_counter()
             loaded = _loaded(network, here.device, options)
-            keeps = out is not None and not isinstance(network, Denoiser)
-            job = _Job(loaded, config, options, here, _paths(out and _named(out, loaded), steps), keeps)
+            paths = _paths(out and _named(out, loaded), label, wanted)
+            goal = _Goal(wanted, paths, out is not None and not isinstance(network, Denoiser))
+            job = _Job(loaded, config, options, here, goal)
             job.seconds["load"] = time.perf_counter() - began
         with _range(loaded.denoiser, options):
             with here.phase():
-                job.check(steps)
+                job.check()
             if not options.quiet:
-                print("\n".join(job.plan(steps)), flush=True)
+                print("\n".join(job.plan()), flush=True)
             if options.preset != "paper":
-                return job.run(config, steps)
+                return job.run(config, list(wanted))
             learned: Dict[int, Schedule] = {}  # the paper learns every number of steps by itself
-            for k in steps:
-                learned.update(job.run(config.changed(train_steps=k), (k,)))
+            for key in wanted:
+                learned.update(job.run(job.config_of(key), [key]))
             return learned
 
 
@@ -152,14 +162,34 @@ def parse_steps(text: str) -> Tuple[int, ...]:
 
 
 def _checked_steps(steps: Sequence[Any]) -> Tuple[int, ...]:
-    """Numbers of steps: whole, from 1, each once."""
+    """Numbers of steps, or of evaluations: whole, from 1, each once."""
     for k in steps:
         if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= MAX_STEPS:
             raise ValueError(f"found {k!r}, expected whole numbers from 1 to {MAX_STEPS}, such as 18 or 2,3,5")
     twice = [k for i, k in enumerate(steps) if k in steps[:i]]
     if twice or not steps:
-        raise ValueError(f"found {twice[0]} twice; give each number of steps once" if twice else "found no steps")
+        raise ValueError(f"found {twice[0]} twice; give each number once" if twice else "found no numbers")
     return tuple(int(k) for k in steps)
+
+
+def _wanted(steps: Optional[Sequence[int]], options: ScheduleOptions) -> Wanted:
+    """What is asked for. Several solvers under one key are those of which refinement chooses one."""
+    solver = options.solver
+    if options.nfe is None:
+        solver = solver or ("heun" if options.refine or options.objective == "solver" else None)
+        return {k: {solver: k} for k in _checked_steps((18,) if steps is None else steps)}
+    evaluations = _checked_steps(options.nfe)
+    given = f"found --nfe={','.join(map(str, evaluations))}"
+    if steps is not None:
+        raise ValueError(f"{given} and --steps={','.join(map(str, steps))}, but the solver's number of steps follows "
+                         "from its evaluations; leave one of them out")
+    if solver is None and (options.objective == "solver" or options.refine and options.preset == "paper"):
+        option = "--objective=solver" if options.objective == "solver" else "--refine --preset=paper"
+        raise ValueError(f"{given} with {option}, which learns for one solver; say for which with --solver")
+    if options.objective == "sde":
+        raise ValueError(f"{given} with --objective=sde, but it chooses a deterministic solver; leave one of them out")
+    names = lambda n: (solver,) if solver else candidates(n) if options.refine else (recommended(n),)
+    return {n: {name: steps_of(name, n) for name in names(n)} for n in evaluations}
 
 
 def _config(options: ScheduleOptions) -> TrainConfig:
@@ -171,8 +201,8 @@ def _config(options: ScheduleOptions) -> TrainConfig:
             raise ValueError(f"found --{name}={found}, expected {', '.join(known)}{gone}")
     if options.solver is not None:
         order_of(options.solver)
-        if options.objective != "solver" and not options.refine:
-            raise ValueError(f"found --solver={options.solver}, which has no effect here; add --refine or "
+        if options.objective != "solver" and not options.refine and options.nfe is None:
+            raise ValueError(f"found --solver={options.solver}, which has no effect here; add --refine, --nfe=N or "
                              "--objective=solver, or leave it out: a grid of the default objective is for all solvers")
     if options.refine and options.objective == "sde":
         raise ValueError("--refine follows a deterministic solver; leave it out with --objective=sde")
@@ -238,30 +268,35 @@ def _named(pattern: str, network: Network) -> str:
         parts.append(f"guided{details['guidance']:g}-{Path(details['gnet']).stem}")
     name = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join(parts))[:100]
     apart = "-" if name[-1:].isdigit() or name.endswith("-") else ""  # gaussian0.5 in 13 steps, gaussian0.51 in 3
-    return pattern.replace("{network}{steps}", f"{name}{apart}{{steps}}").replace("{network}", name)
+    for label in ("steps", "nfe"):
+        pattern = pattern.replace(f"{{network}}{{{label}}}", f"{name}{apart}{{{label}}}")
+    return pattern.replace("{network}", name)
 
 
-def _check_pattern(pattern: str, steps: Sequence[int]) -> None:
+def _check_pattern(pattern: str, label: str, keys: Iterable[int]) -> None:
     """Raise a ValueError for a pattern to which the grids cannot be written."""
-    if len(steps) > 1 and "{steps}" not in pattern:
-        raise ValueError(f"--out={pattern} is one file for {len(steps)} grids; put {{steps}} into the name")
-    for path in _paths(pattern, steps).values():
+    count, other = len(list(keys)), "{nfe}" if label == "steps" else "{steps}"
+    if count > 1 and f"{{{label}}}" not in pattern or other in pattern:
+        found = f"has {other}" if other in pattern else f"is one file for {count} grids"
+        raise ValueError(f"--out={pattern} {found}; put {{{label}}} into the name")
+    for path in _paths(pattern, label, keys).values():
         check_grid_destination(path)
 
 
-def _paths(pattern: Optional[str], steps: Sequence[int]) -> Dict[int, Path]:
-    return {} if pattern is None else {k: Path(pattern.replace("{steps}", str(k))) for k in steps}
+def _paths(pattern: Optional[str], label: str, keys: Iterable[int]) -> Dict[int, Path]:
+    """Where the grid of each key goes; `label` is "steps" or "nfe", what the pattern calls the key."""
+    return {} if pattern is None else {key: Path(pattern.replace(f"{{{label}}}", str(key))) for key in keys}
 
 
 def _check_overwriting(path: Path, record: Dict[str, Any]) -> None:
-    """Raise a ValueError where a grid of other settings stands at `path`."""
+    """Raise a ValueError where a grid of other settings stands at `path`; what the record leaves open may differ."""
     if not path.exists():
         return
     try:
         found = load_provenance(path)
     except GridError:
         found = {}
-    here = _flat(json.loads(json.dumps({name: record.get(name) for name in DECIDING})))
+    here = _flat(json.loads(json.dumps({name: record[name] for name in DECIDING if name in record})))
     found = _flat({name: found.get(name) for name in DECIDING})
     differing = [name for name in here if found.get(name) != here[name]]
     if differing:
@@ -288,46 +323,61 @@ def _short(value: Any) -> str:
 # ---- the work ----
 
 
+class _Goal(NamedTuple):
+    """What a call is for."""
+
+    wanted: Wanted
+    paths: Dict[int, Path]  # by key; empty where nothing is written
+    keeps: bool  # unfinished work, beside the first path
+
+
 class _Job:
     """One call: the network, what is asked for, and where it goes."""
 
     def __init__(
-        self, network: Network, config: TrainConfig, options: ScheduleOptions, here: World, paths: Dict[int, Path],
-        keeps: bool,
+        self, network: Network, config: TrainConfig, options: ScheduleOptions, here: World, goal: _Goal
     ) -> None:
-        self.network, self.config, self.options, self.world = network, config, options, here
-        self.paths, self.keeps, self.denoiser, self.seconds = paths, keeps, network.denoiser, {}
-        self.solver = options.solver or ("heun" if options.refine or options.objective == "solver" else None)
+        self.network, self.config, self.options, self.world, self.goal = network, config, options, here, goal
+        self.denoiser, self.seconds = network.denoiser, {}
+        self.solvers = list(dict.fromkeys(solver for each in goal.wanted.values() for solver in each))
+        self.most_steps = max(k for each in goal.wanted.values() for k in each.values())
 
-    def check(self, steps: Sequence[int]) -> None:
+    def check(self) -> None:
         """What needs the network, and not yet its evaluation."""
-        check_steps(self.denoiser, max(steps))
+        check_steps(self.denoiser, self.most_steps)
         if self.options.refine:
-            check_refinable(self.denoiser, self.solver)
-        for k, path in self.paths.items():
+            check_refinable(self.denoiser, self.solvers[0])
+        for key, path in self.goal.paths.items():
             check_grid_destination(path)
             if not self.options.force:
-                _check_overwriting(path, self.deciding(self.config_of(k), k))
+                _check_overwriting(path, self.deciding(self.config_of(key), key))
 
-    def config_of(self, k: int) -> TrainConfig:
-        """The settings by which the grid of K = k is learned."""
-        return self.config.changed(train_steps=k) if self.options.preset == "paper" else self.config
+    def config_of(self, key: int) -> TrainConfig:
+        """The settings by which the grid of this key is learned; the paper's preset has one solver for it."""
+        paper = self.options.preset == "paper"
+        return self.config.changed(train_steps=max(self.goal.wanted[key].values())) if paper else self.config
 
-    def deciding(self, config: TrainConfig, k: int) -> Dict[str, Any]:
-        """All that decides the grid of K = k; a part of its record."""
-        network, denoiser = self.network, self.denoiser
-        return {
-            "num_steps": k, "network": {"name": network.name, "sha256": network.sha256, **network.details},
-            "settings": config.settings(), "objective": self.options.objective, "solver": self.solver,
-            "refine": self.options.refine, "sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max,
+    def deciding(self, config: TrainConfig, key: int) -> Dict[str, Any]:
+        """All that decides the grid of this key; a part of its record. What is not chosen yet is left open."""
+        network, denoiser, solvers = self.network, self.denoiser, self.goal.wanted[key]
+        record = {
+            "network": {"name": network.name, "sha256": network.sha256, **network.details},
+            "settings": config.settings(), "objective": self.options.objective, "refine": self.options.refine,
+            "sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max,
         }
+        if self.options.nfe is not None:
+            record["nfe"] = key
+        if len(solvers) > 1:
+            return {**record, "candidates": list(solvers)}
+        solver, num_steps = next(iter(solvers.items()))
+        return {**record, "solver": solver, "num_steps": num_steps}
 
-    def plan(self, steps: Sequence[int]) -> List[str]:
+    def plan(self) -> List[str]:
         """Lines shown before the work: network, device, noise levels, stages and what they will evaluate."""
         config, denoiser, high = self.config, self.denoiser, self.denoiser.sigma_limits[1]
         more = f" (the network knows up to {high:g}: --sigma-max)" if denoiser.sigma_max < high < float("inf") else ""
         least, most = expected_evaluations(config.objective)
-        weight = {"art": "|Q|", "sde": "the SDE's errors"}.get(self.options.objective, f"errors of {self.solver}")
+        weight = {"art": "|Q|", "sde": "the SDE's errors"}.get(self.options.objective, f"errors of {config.solver}")
         count = f"{most:,}" if least == most else f"{least:,} to {most:,}"
         stages = [f"profile of {weight}, {count} evaluations"]
         if config.method == "rl":
@@ -335,54 +385,63 @@ class _Job:
                                               + config.recipe.simpson)
             cost = f"{each * config.iterations:,}" if config.rollout == "live" else "no"
             stages.append(f"ART-RL, {config.iterations} iterations, {cost} evaluations")
-        if self.options.refine and max(steps) > 1:
-            stages.append(f"refinement for {self.solver}, as many evaluations as it takes")
+        if self.options.refine and self.most_steps > 1:
+            stages.append(f"refinement for {' or '.join(self.solvers)}, as many evaluations as it takes")
+        asked = "K" if self.options.nfe is None else "NFE"
         return [f"{self.network.name} on {device_name(self.world.device)}, noise levels from {denoiser.sigma_max:g} to "
-                f"{denoiser.sigma_min:g}{more}", f"K = {', '.join(map(str, steps))}: {'; '.join(stages)}"]
+                f"{denoiser.sigma_min:g}{more}", f"{asked} = {', '.join(map(str, self.goal.wanted))}: "
+                f"{'; '.join(stages)}"]
 
-    def run(self, config: TrainConfig, steps: Sequence[int]) -> Dict[int, Schedule]:
+    def run(self, config: TrainConfig, keys: Sequence[int]) -> Dict[int, Schedule]:
         """One run of the learner, and its grids."""
-        first = self.paths.get(steps[0])
-        store = Store(first.with_name(f"{first.stem}.unfinished") if first and self.keeps else None)
+        first = self.goal.paths.get(keys[0])
+        store = Store(first.with_name(f"{first.stem}.unfinished") if first and self.goal.keeps else None)
         identity = f"{self.network.identity} {self.denoiser.sigma_min!r} {self.denoiser.sigma_max!r}"
         context = Context(self.world, store, self.options.quiet, identity, resume=self.options.resume)
         result = train(self.denoiser, config, context)
-        grids, records = self.grids(result, steps), {k: self.deciding(config, k) for k in steps}
+        by_solver, records = self.grids(result, keys), {key: self.deciding(config, key) for key in keys}
         if self.options.refine:
-            self.refined(config.seed, grids, result, records, context)
+            grids = self.refined(config.seed, by_solver, result, records, context)
+        else:
+            grids = {key: next(iter(each.values())) for key, each in by_solver.items()}
         with self.world.phase():
             learned = self.written(config, result, grids, records)
             if self.world.rank == 0:
                 store.remove()
         return learned
 
-    def grids(self, result: TrainResult, steps: Sequence[int]) -> Dict[int, Grid]:
-        """The learned grids, at levels that the network has."""
+    def grids(self, result: TrainResult, keys: Sequence[int]) -> Dict[int, Dict[Optional[str], Grid]]:
+        """The learned grids of each key by solver, at levels that the network has."""
         read = result.learned.grid if result.learned else result.profile.direct
-        return {k: fitted(self.denoiser, read(k)) for k in steps}
+        return {key: {solver: fitted(self.denoiser, read(k)) for solver, k in self.goal.wanted[key].items()}
+                for key in keys}
 
     def refined(
-        self, seed: int, grids: Dict[int, Grid], result: TrainResult, records: Dict[int, Dict[str, Any]],
-        context: Context,
-    ) -> None:
-        """Refine the grids in place; what it cost becomes stages of `result`, what it found a part of the records."""
+        self, seed: int, grids: Dict[int, Dict[Optional[str], Grid]], result: TrainResult,
+        records: Dict[int, Dict[str, Any]], context: Context,
+    ) -> Dict[int, Grid]:
+        """The refined grids; what they cost becomes stages of `result`, what was found a part of the records."""
         own_clock = self.options.objective != "solver"
-        found = refine_grids(self.denoiser, grids, self.solver, RefineConfig(seed=seed), context, own_clock)
+        found = refine_grids(self.denoiser, grids, RefineConfig(seed=seed), context, own_clock)
         result.evaluations.update(found.evaluations)
         result.seconds.update(found.seconds)
-        for k, one in found.results.items():
-            grids[k], records[k]["refined"] = one.grid, one.record()
+        for key, one in found.results.items():
+            records[key].update(refined=one.record(), solver=one.settings["solver"], num_steps=one.grid.num_steps)
+        for key, errors in found.tried.items():
+            records[key]["tried"] = {solver: {"num_steps": self.goal.wanted[key][solver], **error._asdict()}
+                                     for solver, error in errors.items()}
+        return {key: one.grid for key, one in found.results.items()}
 
     def written(
         self, config: TrainConfig, result: TrainResult, grids: Dict[int, Grid], records: Dict[int, Dict[str, Any]]
     ) -> Dict[int, Schedule]:
         """The grids with their whole records, written by process 0 where they have a place."""
         began, learned = time.perf_counter(), {}
-        for k, grid in grids.items():
-            path, seconds = self.paths.get(k), {**self.seconds, **result.seconds}
+        for key, grid in grids.items():
+            path, seconds = self.goal.paths.get(key), {**self.seconds, **result.seconds}
             record = {
                 **provenance(self.network, config, result, grid, {**seconds, "write": time.perf_counter() - began}),
-                **records[k], "processes": self.world.size, "device": device_name(self.world.device),
+                **records[key], "processes": self.world.size, "device": device_name(self.world.device),
             }
             if path is not None and self.world.rank == 0:
                 if not self.options.force:  # another run may have been faster
@@ -391,9 +450,10 @@ class _Job:
             if path is not None and self.options.plot and self.world.rank == 0:
                 from art_edm.learning.plots import plot_run
 
+                k = grid.num_steps
                 shown = {**hand_made(self.denoiser, k), path.stem: grid}
                 plot_run(path.with_suffix(".png"), f"{self.network.name}, K = {k}", shown, result.learned)
-            learned[k] = Schedule(grid, record, path)
+            learned[key] = Schedule(grid, record, path)
         return learned
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,12 @@ import torch
 
 from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import load_grid
+from art_edm.measure.field import rms
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network
+from art_edm.sampling.budget import candidates, recommended, steps_of
+from art_edm.sampling.solvers import nfe, sample
 from art_edm.schedule import ScheduleOptions, learn_schedule, parse_steps
 
 DIRECT = ScheduleOptions(method="direct", trajectories=4)
@@ -203,6 +208,102 @@ def test_a_place_that_cannot_be_written_is_found_before_the_network_is_loaded(mo
             learn_schedule("http://127.0.0.1:9/far.pkl", (4,), DIRECT, out)
     with pytest.raises(ValueError, match="one file for 2 grids"):
         learn_schedule("mnist", (4, 5), DIRECT, "g.npy")
+
+
+# --- evaluations in place of steps ----------------------------------------------------------------------
+
+
+def test_so_many_evaluations_give_the_recommended_solver_and_its_grid():
+    plain = learn_schedule(gaussian(), (1, 5, 6), DIRECT)
+    learned = learn_schedule(gaussian(), options=replace(DIRECT, nfe=(6, 1, 5)))
+    assert list(learned) == [6, 1, 5]
+    for n, (grid, record, _) in learned.items():
+        assert (record["nfe"], record["solver"]) == (n, recommended(n))
+        assert record["num_steps"] == steps_of(recommended(n), n)
+        assert grid == plain[n].grid and "candidates" not in record
+        model = gaussian()
+        sample(model, torch.zeros(1, 1, 2, 2), grid, record["solver"])
+        assert model.evaluations == n
+    assert len({record["solver"] for _, record, _ in learned.values()}) == 3
+    assert plain[5].record["solver"] is None and "nfe" not in plain[5].record  # a grid for any solver names none
+
+
+def test_a_solver_that_is_asked_for_stays_and_its_steps_follow():
+    learned = learn_schedule(gaussian(), options=replace(DIRECT, nfe=(9, 13), solver="rk4"))
+    assert [(one.record["solver"], one.grid.num_steps) for one in learned.values()] == [("rk4", 3), ("rk4", 4)]
+    own = replace(DIRECT, nfe=(9,), solver="heun", objective="solver")
+    steps = replace(own, nfe=None)
+    assert learn_schedule(gaussian(), options=own)[9].grid == learn_schedule(gaussian(), (5,), steps)[5].grid
+
+
+def test_with_refinement_the_solver_of_the_least_error_is_chosen_and_refined():
+    """On Gaussian data, whose ends are known: other noises agree on what is least."""
+    options = replace(DIRECT, nfe=(4, 5), refine=True)
+    learned, model = learn_schedule(gaussian(), options=options), gaussian()
+    plain = learn_schedule(gaussian(), (3, 4, 5), DIRECT)
+    latents = torch.randn((64, 1, 2, 2), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ends = model.initial(latents, 80.0) * 0.5 / np.hypot(80, 0.5)
+    error = lambda grid, solver: float(rms(sample(model, latents, grid, solver) - ends).mean())
+    for n, (grid, record, _) in learned.items():
+        errors = {solver: error(plain[steps_of(solver, n)].grid, solver) for solver in candidates(n)}
+        assert record["candidates"] == list(candidates(n)) == list(record["tried"])
+        for solver, tried in record["tried"].items():
+            assert tried["mean"] == pytest.approx(errors[solver], rel=0.2) and nfe(solver, tried["num_steps"]) == n
+        assert record["solver"] == min(errors, key=errors.get) == record["refined"]["settings"]["solver"]
+        assert error(grid, record["solver"]) < 0.5 * min(errors.values())
+        assert record["evaluations"] == sum(record["evaluations_by_stage"].values())
+    one = learn_schedule(gaussian(), (5,), replace(DIRECT, refine=True, solver=learned[5].record["solver"]))[5]
+    assert one.grid == learned[5].grid and "tried" not in one.record  # exactly what it is when asked for
+
+
+def test_what_it_costs_is_what_was_evaluated():
+    model = gaussian()
+    record = learn_schedule(model, options=replace(DIRECT, nfe=(3, 5), refine=True))[5].record
+    assert record["evaluations"] == model.evaluations
+    assert list(record["evaluations_by_stage"]) == ["step", "profile", "rl", "ends", "choose", "start", "refine"]
+
+
+def test_one_evaluation_has_nothing_to_choose_or_refine():
+    grid, record, _ = learn_schedule(gaussian(), options=replace(DIRECT, nfe=(1,), refine=True))[1]
+    assert grid.values.tolist() == [80.0, 0.0] and record["solver"] == "euler" and "tried" not in record
+
+
+def test_files_of_evaluations_are_told_apart_and_not_overwritten(tmp_path):
+    model, out = Network(gaussian(), "it", "a" * 64), str(tmp_path / "{network}{nfe}.npy")
+    options = replace(DIRECT, nfe=(4, 5))
+    learn_schedule(model, None, options, out)
+    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["it4.npy", "it5.npy"]
+    learn_schedule(model, None, options, out)  # the same settings may
+    before = model.denoiser.evaluations
+    for other in (replace(options, refine=True), replace(options, solver="dpmpp2m")):
+        with pytest.raises(ValueError, match="other settings"):
+            learn_schedule(model, None, other, out)
+    for steps, wrong, text in ((None, "{steps}.npy", "has {steps}; put {nfe}"), ((4,), "{nfe}.npy", "put {steps}"),
+                               (None, "g.npy", "one file for 2 grids; put {nfe}")):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            learn_schedule(model, steps, DIRECT if steps else options, str(tmp_path / wrong))
+    assert model.denoiser.evaluations == before
+
+
+@pytest.mark.parametrize("steps, options, text", [
+    ((5,), {"nfe": (5,)}, "found --nfe=5 and --steps=5"), ((18,), {"nfe": (5, 6)}, "leave one of them out"),
+    (None, {"nfe": (8,), "solver": "heun"}, r"take 7 \(K = 4\) or 9 \(K = 5\)"),
+    (None, {"nfe": (4,), "objective": "sde"}, "chooses a deterministic solver"),
+    (None, {"nfe": (4,), "objective": "solver"}, "say for which with --solver"),
+    (None, {"nfe": (4,), "refine": True, "preset": "paper"}, "say for which with --solver"),
+    (None, {"nfe": (0,)}, "found 0"), (None, {"nfe": (4, 4)}, "found 4 twice"), (None, {"nfe": ()}, "no numbers"),
+])
+def test_evaluations_that_contradict_something_are_refused_before_any_work(steps, options, text):
+    model = gaussian()
+    with pytest.raises(ValueError, match=text):
+        learn_schedule(model, steps, ScheduleOptions(**options))
+    assert model.evaluations == 0
+
+
+def test_the_paper_s_preset_learns_for_the_steps_of_each_number_of_evaluations():
+    options = ScheduleOptions(preset="paper", nfe=(3, 5), solver="heun", iterations=2, trajectories=4)
+    learned = learn_schedule(gaussian(), options=options)
+    assert {n: one.record["settings"]["train_steps"] for n, one in learned.items()} == {3: 2, 5: 3}
 
 
 # --- what has no effect ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ PRESETS_OWN = "  [default: the preset's]"
 
 GROUPS = {
     "The network": "network gnet guidance class_idx trust_pickle sigma_max sigma_min",
-    "The grids": "steps out force plot",
+    "The grids": "steps nfe out force plot",
     "How they are learned": "method objective solver refine preset rollout clock iterations trajectories seed",
     "The run": "device resume quiet",
 }
@@ -34,9 +34,13 @@ GROUPS = {
               help="First noise level, in units of the data.  [default: 80, or the network's highest if that is lower]")
 @click.option("--sigma-min", type=float, default=None, metavar="SIGMA",
               help="Lowest noise level that is measured.  [default: 0.002, or the network's lowest if that is higher]")
-@click.option("--steps", default="18", metavar="K[,K...]",
-              help="Numbers of steps; all are read off one run.")
-@click.option("--out", metavar="F.npy", help="Where to write; {steps} becomes K.  [default: art_<network>{steps}.npy]")
+@click.option("--steps", metavar="K[,K...]", help="Numbers of steps; all are read off one run.  [default: 18]")
+@click.option("--nfe", metavar="N[,N...]",
+              help="In place of --steps: evaluations an image may cost. The solver for them is the recommended one, or "
+                   "that of --solver, or with --refine the one of least end-point error; the sidecar names it.")
+@click.option("--out", metavar="F.npy",
+              help="Where to write; {steps} becomes K, and {nfe} N.  [default: art_<network>{steps}.npy, with --nfe "
+                   "art_<network>_nfe{nfe}.npy]")
 @click.option("--force", is_flag=True, help="Overwrite a grid of other settings.")
 @click.option("--method", type=click.Choice(["rl", "direct"]), default="rl",
               help="Learn by ART-RL, or take the closed-form optimum of the measured profile.")
@@ -57,26 +61,29 @@ GROUPS = {
 @click.option("--refine", is_flag=True,
               help="Then move the levels to where --solver ends nearest to the exact solution.")
 @click.option("--solver", default=None, metavar="NAME",
-              help="Of --refine and --objective=solver: euler, heun, rk4, ...  [default: heun]")
+              help="Of --refine, --objective=solver and --nfe: euler, heun, rk4, ...  [default: heun; chosen by --nfe]")
 @click.option("--device", default="auto", help="Where the denoiser runs: auto, cpu, cuda, ...")
 @click.option("--resume", is_flag=True, help="Refuse unfinished work of other settings; a run that was stopped "
                                              "continues without it, too.")
 @click.option("--plot", is_flag=True, help="Draw the clock and the grids beside the .npy, as .png.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def main(network: str, steps: str, out: Optional[str], **given: Any) -> None:
+def main(network: str, steps: Optional[str], nfe: Optional[str], out: Optional[str], **given: Any) -> None:
     """Learn a timestep grid for a denoiser and score it against the exact optimum.
 
     \b
     Examples:
       python tools/train_schedule.py --network=mnist
       python tools/train_schedule.py --network=mnist --steps=2,3,5,7,10,18 --out='art_{steps}.npy' --plot
+      python tools/train_schedule.py --network=mnist --nfe=6 --refine
       python tools/train_schedule.py --network=edm-cifar10-32x32-uncond-vp.pkl --out=art_cifar18.npy
       python tools/train_schedule.py --network=edm2.pkl --gnet=edm2-uncond.pkl --guidance=1.4 --steps=32
     """
     from art_edm.models.loading import local_copy
     from art_edm.schedule import ScheduleOptions, learn_schedule, parse_steps
 
-    learned = learn_schedule(network, parse_steps(steps), ScheduleOptions(**given), out or "art_{network}{steps}.npy")
+    steps, nfe = (None if text is None else parse_steps(text) for text in (steps, nfe))
+    pattern = out or f"art_{{network}}{'{steps}' if nfe is None else '_nfe{nfe}'}.npy"
+    learned = learn_schedule(network, steps, ScheduleOptions(nfe=nfe, **given), pattern)
     if not given["quiet"]:
         click.echo("\n".join(summary(list(learned.values()), given["plot"], given["preset"] == "paper")))
         for option, address in (("network", network), ("gnet", given["gnet"] or "")):
@@ -87,11 +94,11 @@ def main(network: str, steps: str, out: Optional[str], **given: Any) -> None:
 
 def summary(learned: List[Any], plotted: bool, each: bool) -> List[str]:
     """Lines about the grids; what they cost after the last, or after `each` where they are of runs of their own."""
-    from art_edm.learning.provenance import costs, table
+    from art_edm.learning.provenance import choice, costs, table
 
     lines: List[str] = []
     for grid, record, path in learned:
-        lines += table(record)
+        lines += choice(record) + table(record)
         if "refined" in record:
             before, after = record["refined"]["error_before"], record["refined"]["error_after"]
             lines.append(f"end-point error of {record['solver']} on validation noises: {before['mean']:.4g} before, "

@@ -13,8 +13,9 @@ from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network
 from art_edm.runtime.cli import command_line, versions
 from art_edm.sampling.baselines import hand_made
+from art_edm.sampling.budget import recommended
 
-__all__ = ["clock_score", "costs", "provenance", "rule_scores", "table"]
+__all__ = ["choice", "clock_score", "costs", "provenance", "rule_scores", "table"]
 
 FINE_STEPS = 4096  # steps at which a clock's J is taken, as the limit of many steps
 
@@ -82,6 +83,22 @@ def table(record: Dict[str, Any]) -> List[str]:
     notes = [f"price of distillation {price:.4f}"] if price is not None else []
     notes += [f"terminal error {error:+.4f}"] if error is not None else []
     return [*lines, ", ".join(notes)] if notes else lines
+
+
+def choice(record: Dict[str, Any]) -> List[str]:
+    """One line, of a grid that was asked for by its evaluations: which solver and why; none of another grid."""
+    if "nfe" not in record:
+        return []
+    evaluations, solver, steps, tried = record["nfe"], record["solver"], record["num_steps"], record.get("tried", {})
+    named = lambda name, k: f"{name} in {k} step{'s' * (k > 1)}"
+    if tried:
+        best = sorted(tried.items(), key=lambda each: each[1]["mean"])
+        shown = [name if one["num_steps"] == steps else named(name, one["num_steps"]) for name, one in best]
+        errors = ", ".join(f"{name} {one['mean']:.4g}" for name, (_, one) in zip(shown, best))
+        why = f"end-point errors on validation noises, before refinement: {errors}"
+    else:
+        why = "recommended" if solver == recommended(evaluations) else "as --solver says"
+    return [f"NFE {evaluations}: {named(solver, steps)}; {why}"]
 
 
 def _number(value: float) -> str:

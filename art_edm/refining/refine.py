@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from art_edm.refining.solver_jacobian import Run, SolverRuns
 from art_edm.refining.stage import Stage
 from art_edm.runtime.context import Context
 from art_edm.runtime.memory import with_back_off
+from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import SOLVERS, fitted, nfe, supported
 
 __all__ = ["RefineResult", "RefinedGrids", "better", "check_refinable", "own_start", "refine", "refine_grids"]
@@ -47,6 +48,7 @@ GEOMETRIC_FLOOR = 0.01  # of the mean error: what is less counts as this much in
 SHARES = (0.75, 0.5, 0.25)  # of the way to a grid that is not taken
 TINY = 1e-300
 DEFAULT = RefineConfig()
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,40 +72,91 @@ class RefineResult:
 
 
 class RefinedGrids(NamedTuple):
-    """Refinements for several K, and what each stage cost: "start" (the other clock), "ends" and "refine"."""
+    """Refinements by their keys, and what each stage cost: "ends", "choose" (of solvers), "start" (the other clocks)
+    and "refine"."""
 
     results: Dict[int, RefineResult]
+    tried: Dict[int, Dict[str, EndPointError]]  # of each solver on its given grid, where there were several
     evaluations: Dict[str, int]
     seconds: Dict[str, float]
 
 
 def refine_grids(
-    denoiser: Denoiser, grids: Mapping[int, Grid], solver: str, config: RefineConfig = DEFAULT,
+    denoiser: Denoiser, grids: Mapping[int, Mapping[str, Grid]], config: RefineConfig = DEFAULT,
     context: Optional[Context] = None, own_clock: bool = True,
 ) -> RefinedGrids:
-    """For each K the grid refined for `solver`; they share noises, and the clock from which they may start.
+    """For each key, such as K, a grid refined for a solver; all share noises, and a solver's clock to start from.
 
     Args:
-        grids: K -> the grid that nothing may be worse than; all begin at the same level.
+        grids: key -> solver -> the grid that nothing may be worse than; all begin at the same level. Of several
+            solvers the one is refined that ends nearest on its grid, in the mean over the validation noises.
         own_clock: False where the grids are those of the solver's own local errors already.
     Raises as `refine`, and CheckpointMismatch where the context resumes and its store has other settings.
     """
-    context, evaluations, seconds, own = context or Context(), {}, {}, None
-    context.claim("refinement", {"solver": solver, "batch": context.batch, **asdict(config)})
-    if own_clock and max(grids) > 1:
-        own = measure_objective(denoiser, Objective(solver, seed=config.seed), context)
-        evaluations["start"], seconds["start"] = own.evaluations, own.seconds
-    top, results = next(iter(grids.values())).sigma_max, {}
-    draw = lambda batch: draw_noises(denoiser, config, top, replace(context, batch=batch))
-    noises = with_back_off(draw, context.batch, denoiser.device)
-    evaluations["ends"], seconds["ends"] = noises.evaluations, noises.seconds
-    for k, grid in grids.items():
-        one = partial(refine, denoiser, grid, solver, config, noises=noises, starts=own_start(denoiser, own, k))
-        attempt = lambda batch, one=one: one(context=replace(context, batch=batch))
-        results[k] = with_back_off(attempt, context.batch, denoiser.device)
-    evaluations["refine"] = sum(result.evaluations for result in results.values())
-    seconds["refine"] = sum(result.seconds for result in results.values())
-    return RefinedGrids(results, evaluations, seconds)
+    context = context or Context()
+    if not context.identity:  # here it is the only denoiser: what one stage has found serves the next
+        context = replace(context, store=Store(), identity="this denoiser")
+    solvers = ", ".join(dict.fromkeys(solver for each in grids.values() for solver in each))
+    context.claim("refinement", {"solver": solvers, "batch": context.batch, **asdict(config)})
+    spent = _Spent({}, {})
+    top = next(grid.sigma_max for each in grids.values() for grid in each.values())
+    noises = _backed_off(partial(draw_noises, denoiser, config, top), denoiser, context)
+    spent.add("ends", noises)
+    tried, chosen = {}, {key: next(iter(each)) for key, each in grids.items()}
+    for key, each in grids.items():
+        if len(each) > 1:
+            scores = {solver: _backed_off(partial(_score, denoiser, grid, solver, noises), denoiser, context)
+                      for solver, grid in each.items()}
+            tried[key] = {solver: score.error for solver, score in scores.items()}
+            chosen[key] = min(each, key=lambda solver, errors=tried[key]: errors[solver].mean)
+            spent.add("choose", *(score for solver, score in scores.items() if solver != chosen[key]))
+    owns: Dict[str, Profile] = {}
+    for key, solver in chosen.items():
+        if own_clock and solver not in owns and grids[key][solver].num_steps > 1:
+            owns[solver] = measure_objective(denoiser, Objective(solver, seed=config.seed), context)
+            spent.add("start", owns[solver])
+    results: Dict[int, RefineResult] = {}
+    for key, solver in chosen.items():
+        grid = grids[key][solver]
+        starts = own_start(denoiser, owns.get(solver), grid.num_steps)
+        work = partial(refine, denoiser, grid, solver, config, noises=noises, starts=starts)
+        results[key] = _backed_off(work, denoiser, context)
+        spent.add("refine", results[key])
+    return RefinedGrids(results, tried, *spent)
+
+
+def _backed_off(work: Callable[..., T], denoiser: Denoiser, context: Context) -> T:
+    """`work(context=...)`, in smaller batches where memory runs out."""
+    attempt = lambda batch: work(context=replace(context, batch=batch))
+    return with_back_off(attempt, context.batch, denoiser.device)
+
+
+class _Spent(NamedTuple):
+    """By stage."""
+
+    evaluations: Dict[str, int]
+    seconds: Dict[str, float]
+
+    def add(self, stage: str, *parts: Any) -> None:
+        """What more parts of a stage took."""
+        for part in parts:
+            self.evaluations[stage] = self.evaluations.get(stage, 0) + part.evaluations
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + part.seconds
+
+
+class _Score(NamedTuple):
+    error: EndPointError
+    evaluations: int  # of all processes
+    seconds: float
+
+
+def _score(denoiser: Denoiser, grid: Grid, solver: str, noises: NoiseSets, context: Context) -> _Score:
+    """How far a solver ends on the validation noises; `refine` finds these errors in the store, and counts them."""
+    total = nfe(solver, grid.num_steps) * len(noises.validation.latents)
+    with Stage(denoiser, context, f"trying {solver}, images", total) as stage:
+        runs = SolverRuns(solver, noises.validation, stage)
+        error = EndPointError.of(runs.run(grid.values, False).errors)
+    return _Score(error, runs.evaluations, stage.seconds)
 
 
 def own_start(denoiser: Denoiser, own: Optional[Profile], num_steps: int) -> Dict[str, Grid]:

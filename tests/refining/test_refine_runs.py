@@ -208,7 +208,7 @@ def test_an_unnamed_denoiser_finds_nothing_in_a_folder(whole, tmp_path):
 def test_other_settings_are_named(tmp_path, capsys):
     """With `resume` an error; without it a line, and the work begins anew."""
     go = lambda solver="heun", config=SHORT, **more: refine_grids(
-        mixture(), {3: start(3)}, solver, config, kept(tmp_path, quiet=False, **more), own_clock=False)
+        mixture(), {3: {solver: start(3)}}, config, kept(tmp_path, quiet=False, **more), own_clock=False)
     go()
     assert capsys.readouterr().err == ""
     go(resume=True)  # the twin: the same settings

@@ -121,7 +121,7 @@ def test_processes_share_the_starts_and_what_lies_between(images, size):
     def work(world):
         result = refine(clusters(), art(3), "dpmpp2m", config, eights(world=world), starts={"other": art(3, 0.3)})
         model = GaussianDenoiser(0.0, 0.25, (1, 2, 2), sigma_max=TOP)
-        found = refine_grids(model, {3: art(3)}, "heun", seeded, pairs(world=world)).results[3]
+        found = refine_grids(model, {3: {"heun": art(3)}}, seeded, pairs(world=world)).results[3]
         return [(one.grid.values.tobytes(), one.start, one.share, one.evaluations) for one in (result, found)]
 
     every = together(size, work)
@@ -156,9 +156,9 @@ def test_the_other_clock_is_that_of_the_solver_s_own_errors(tmp_path):
     model, config = GaussianDenoiser(0.0, 0.25, (1, 2, 2), sigma_max=TOP), replace(SHORT, iterations=2)
     context, grids = eights(store=Store(tmp_path), identity="it"), {k: art(k) for k in (3, 5)}
     before = model.evaluations
-    found = refine_grids(model, grids, "heun", config, context)
+    found = refine_grids(model, {k: {"heun": grid} for k, grid in grids.items()}, config, context)
     assert sum(found.evaluations.values()) == model.evaluations - before
-    assert list(found.evaluations) == list(found.seconds) == ["start", "ends", "refine"]
+    assert list(found.evaluations) == list(found.seconds) == ["ends", "start", "refine"]
     assert found.evaluations["refine"] == sum(one.evaluations for one in found.results.values())
     own = train(model, TrainConfig(method="direct", solver="heun")).profile
     noises = draw_noises(model, config, TOP, eights())
@@ -168,7 +168,7 @@ def test_the_other_clock_is_that_of_the_solver_s_own_errors(tmp_path):
         alone = refine(model, grid, "heun", config, eights(), noises, other)
         assert found.results[k].grid == alone.grid and found.results[k].start == alone.start
     assert {found.results[3].start, refine(model, grids[3], "heun", config, eights(), noises).start} == {OWN, "given"}
-    plain = refine_grids(model, {3: grids[3]}, "heun", config, eights(), own_clock=False)
+    plain = refine_grids(model, {3: {"heun": grids[3]}}, config, eights(), own_clock=False)
     assert plain.results[3].start == "given" and list(plain.evaluations) == ["ends", "refine"]
     high = own_start(High(0.0, 0.25, (1, 2, 2), sigma_max=TOP), own, 18)[OWN]  # a model without such low levels
     assert own.direct(18).values[-2] < 0.4 == high.values[-2] and own_start(model, None, 18) == {}

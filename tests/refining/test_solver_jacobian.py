@@ -87,6 +87,33 @@ def test_a_restart_gives_the_bits_of_a_full_run_at_the_expected_cost(solver):
     assert np.array_equal(jtj, (full @ full.transpose(1, 2) / 4).numpy())
 
 
+def whole_differences(solver, levels=LEVELS, step=1e-5):
+    """jtr by central differences of whole runs, each with weights of its own; float64."""
+    model, noises = mixture(), drawn()
+    x = model.initial(noises.latents, float(levels[0]))
+    end = lambda at: integrate(slope_of(model), x, torch.tensor(at), solver)[0]
+    residual, columns = (end(levels) - noises.ends).flatten(1), []
+    with torch.no_grad():
+        for j in range(1, len(levels) - 1):
+            up, down = levels.copy(), levels.copy()
+            up[j], down[j] = levels[j] * (1 + step), levels[j] * (1 - step)
+            columns.append((end(up) - end(down)).flatten(1) / (up[j] - down[j]))
+    return (torch.stack(columns, dim=1) @ residual[:, :, None] / residual.shape[1])[:, :, 0].numpy()
+
+
+@pytest.mark.parametrize("solver", ["clock", "clock-denoised", "unipc", "deis"])
+def test_a_move_changes_the_weights_of_steps_before_it(solver, monkeypatch):
+    """The learned clock runs through all levels: a step's weights know the level after its end."""
+    reach = SOLVERS[solver].reach
+    derivatives = lambda job: job.derivatives(job.run(LEVELS), step=1e-6)[1]
+    whole = whole_differences(solver)
+    assert derivatives(runs_of(solver)) == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    for wrong in range(reach):
+        monkeypatch.setitem(SOLVERS, solver, SOLVERS[solver]._replace(reach=wrong))
+        assert np.abs(derivatives(runs_of(solver)) - whole).max() > 0.01 * np.abs(whole).max()
+    assert reach == (1 if solver.startswith("clock") else 0)
+
+
 def test_the_first_slope_is_not_reused_for_another_step(monkeypatch):
     job = runs_of("heun")
     run, right = job.run(LEVELS), None

@@ -125,6 +125,31 @@ def test_paper_preset_runs_once_for_each_number_of_steps(run):
         assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 85, "rl": 8 * k * 3}  # of one path
 
 
+def test_evaluations_in_place_of_steps(run):
+    """Names, the line that says what was chosen and why, and the solver that generate.py reads."""
+    result = run("--network=gaussian:0.5", "--nfe=4,6", *SMALL[:2])
+    assert result.exit_code == 0, result.stderr
+    assert "NFE = 4, 6: profile of |Q|" in result.stdout
+    for n in (4, 6):
+        record = json.loads(Path(f"art_gaussian0.5_nfe{n}.json").read_text())
+        assert load_grid(f"art_gaussian0.5_nfe{n}.npy").num_steps == n == record["nfe"]
+        assert f"NFE {n}: {record['solver']} in {n} steps; recommended\n" in result.stdout
+    assert run("--network=gaussian:0.5", "--nfe=9", "--solver=heun", "--out=h{nfe}.npy", *SMALL[:2]).exit_code == 0
+    assert load_grid("h9.npy").num_steps == 5
+    plain = run("--network=gaussian:0.5", "--steps=4", *SMALL[:2])
+    assert "NFE" not in plain.stdout and Path("art_gaussian0.5-4.npy").is_file()
+
+
+def test_with_refinement_the_line_has_the_error_of_each_candidate(run):
+    result = run("--network=gaussian:0.5", "--method=direct", "--trajectories=4", "--nfe=5", "--refine")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(Path("art_gaussian0.5_nfe5.json").read_text())
+    line = next(line for line in result.stdout.splitlines() if line.startswith("NFE 5:"))
+    assert f"NFE 5: {record['solver']} in 5 steps; end-point errors on validation noises" in line
+    for name, one in record["tried"].items():
+        assert f"{'heun in 3 steps' if name == 'heun' else name} {one['mean']:.4g}" in line
+
+
 # --- what it refuses -----------------------------------------------------------------------------------
 
 
@@ -134,6 +159,16 @@ def test_paper_preset_runs_once_for_each_number_of_steps(run):
 ])
 def test_bad_steps(run, steps, text):
     refused(run("--network=oned", f"--steps={steps}"), text)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    (("--nfe=5", "--steps=5"), "found --nfe=5 and --steps=5"), (("--nfe=x",), "found 'x'"), (("--nfe=",), "found ''"),
+    (("--nfe=8", "--solver=heun"), "take 7 (K = 4) or 9 (K = 5)"), (("--nfe=5,5",), "found 5 twice"),
+    (("--nfe=5", "--out=g{steps}.npy"), "put {nfe} into the name"), (("--nfe=5", "--solver=rk5"), "rk5"),
+])
+def test_bad_numbers_of_evaluations(run, options, text):
+    refused(run("--network=oned", *options), text)
     assert os.listdir() == []
 
 

@@ -1,0 +1,49 @@
+"""Evaluations to a solver and its number of steps, against what the solvers evaluate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from art_edm.grids.grid import edm_unpinned
+from art_edm.models.analytic import GaussianDenoiser
+from art_edm.sampling.budget import CANDIDATES, candidates, recommended, steps_of
+from art_edm.sampling.solvers import SOLVERS, sample
+
+
+def spent(solver, num_steps):
+    """Evaluations of one image, counted by the denoiser."""
+    model = GaussianDenoiser(0.0, 0.25, (1, 1, 1))
+    sample(model, torch.zeros(1, 1, 1, 1), edm_unpinned(num_steps, 80.0), solver)
+    return model.evaluations
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_number_of_steps_that_uses_exactly_so_many(solver):
+    possible = {spent(solver, k): k for k in range(1, 8)}
+    for evaluations in range(1, 8):
+        if evaluations in possible:
+            assert steps_of(solver, evaluations) == possible[evaluations]
+        else:
+            with pytest.raises(ValueError, match=f"found {evaluations} evaluations for {solver}"):
+                steps_of(solver, evaluations)
+
+
+def test_the_nearest_numbers_are_named():
+    for evaluations, solver, near in (
+        (8, "heun", r"take 7 \(K = 4\) or 9 \(K = 5\)"), (0, "euler", r"take 1 \(K = 1\)"),
+        (3, "rk4", r"take 1 \(K = 1\) or 5 \(K = 2\)"),
+    ):
+        with pytest.raises(ValueError, match=near):
+            steps_of(solver, evaluations)
+    with pytest.raises(ValueError, match="expected one of euler"):
+        steps_of("rk5", 4)
+
+
+def test_candidates_use_all_evaluations_and_one_of_them_is_recommended():
+    for evaluations in range(1, 20):
+        found = candidates(evaluations)
+        assert all(spent(solver, steps_of(solver, evaluations)) == evaluations for solver in found)
+        assert recommended(evaluations) in found and len(set(found)) == len(found)
+        assert ("heun" in found) == (evaluations % 2 == 1 and evaluations > 1)
+    assert candidates(1) == ("euler",) and set(candidates(9)) == set(CANDIDATES)
