@@ -274,6 +274,7 @@ def test_kid_is_unbiased_where_the_fid_is_not():
         distances.append(frechet_distance(*moments(x), *moments(y)))
     mean_error = np.std(values) / np.sqrt(60)
     assert abs(np.mean(values)) < 3 * mean_error and np.mean(distances) > 20 * np.std(distances) / np.sqrt(60)
+    assert measure([[kids(x)]], {"features": x}).mean == 0 > kid_by_loops(x[:40], x[:40])  # which takes x with itself
     shifted = measure([[kids(x + np.float32(0.5))]], {"features": y})
     assert shifted.mean > 3 * shifted.stderr
 
