@@ -43,7 +43,7 @@ FINE_STAGES = 4  # evaluations of a step from which on RK4 follows the path
 class _Point(NamedTuple):
     """A point of the dense trajectory."""
 
-    level: torch.Tensor  # []
+    level: torch.Tensor  # [], on the CPU: no step reads it from a device
     x: torch.Tensor
     denoised: torch.Tensor
 
@@ -78,12 +78,12 @@ def measure_errors(
             denoised = evaluate(denoiser, x, level, labels, check.see)
             if window:
                 slopes = [*slopes[-1:], (denoised - window[-1].denoised) / (level - levels[k - 1])]
-            window.append(_Point(x.new_full((), level), x, denoised))
+            window.append(_Point(torch.tensor(level, dtype=x.dtype), x, denoised))
             if k >= stride:
                 end = _step(denoiser, labels, check, solver, list(window)[::-1][::stride][::-1])
                 columns.append(rms(end - x) / length[k - stride] ** (order + 1))
             if k + 1 < len(levels) and path_stages(solver) > 1:
-                following = _Point(x.new_full((), levels[k + 1]), x, denoised)
+                following = _Point(torch.tensor(levels[k + 1], dtype=x.dtype), x, denoised)
                 x = _step(denoiser, labels, check, "rk4", [window[-1], following])
             elif k + 1 < len(levels):
                 sigma, target = x.new_full((len(x),), level), x.new_full((len(x),), levels[k + 1])

@@ -155,6 +155,6 @@ def _order_of(error: str, beta: float, step: str, levels: int, stride: int) -> i
 def _interpolated(growth: List[torch.Tensor], known: np.ndarray, levels: np.ndarray) -> torch.Tensor:
     """Growth [b, n] at `levels` from that [S, b] at a few; linear in log-log, and 1 at the last level."""
     points = np.log(np.append(known, levels[-1])[::-1])  # ascending
-    values = [np.log(one.cpu().numpy() + TINY) for one in growth]
+    values = np.log(torch.stack(growth).cpu().numpy() + TINY)  # [S, b]
     rows: Tuple[np.ndarray, ...] = tuple(np.stack([*values, np.zeros_like(values[0])], axis=1)[:, ::-1])
     return torch.from_numpy(np.exp([np.interp(np.log(levels), points, row) for row in rows]))
