@@ -87,7 +87,8 @@ def run_images(experiment: Experiment, lab: Lab) -> Result:
     references = {} if scores else lab.references(experiment.reference, panel)
     bench = Bench(experiment, network, panel, references, decode, lab, lab.work())
     cells = _measure(bench, table)
-    title = {"is": "Inception score"}.get(experiment.metric, "LeNet-FID" if detector.name == "lenet" else "FID")
+    fid = {"lenet": "LeNet-FID", "resnet": "CIFAR-FID"}.get(detector.name, "FID")
+    title = {"is": "Inception score"}.get(experiment.metric, fid)
     evaluations = [nfe(experiment.solver, k) for k in experiment.steps]
     result = Result(
         experiment.name, experiment.title, title, [f"NFE {n}" for n in evaluations],
