@@ -21,6 +21,7 @@ from art_edm.runtime.distributed import World
 from art_edm.runtime.store import Store
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
 
 # The tool on small experiments. It kills itself at the given call of the given function in the given experiment, and
 # writes down every finished piece of work: entries, images, iterations of training.
@@ -33,8 +34,6 @@ from art_edm.runtime import store as finished
 from paper import context as laboratory, experiments as recipes, run_all as reproduction
 from paper.tables import ablations, fid_cells as image_cells
 from art_edm.learning.config import PRESETS
-
-pytestmark = pytest.mark.slow
 
 where, place, count, log = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
 laboratory.PRESETS["default"] = PRESETS["default"].changed(iterations=6, batch=16, repeats=4, trajectories=4,
