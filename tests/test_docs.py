@@ -50,7 +50,7 @@ def unknown(words: List[str]) -> List[str]:
     command = importlib.import_module(Path(words[place]).stem).main
     given = words[place + 1:]
     if isinstance(command, click.Group) and given and not given[0].startswith("-"):
-        command = command.commands[given.pop(0)]
+        command = command.get_command(click.Context(command), given.pop(0))
     known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
     return [word for word in given if word.startswith("--") and word.split("=")[0] not in known]
 

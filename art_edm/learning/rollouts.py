@@ -24,6 +24,7 @@ from art_edm.measure.dense_paths import advance
 from art_edm.measure.field import Surrogate, surrogate
 from art_edm.measure.profile import Profile
 from art_edm.models.denoiser import Denoiser
+from art_edm.models.evaluate import FiniteCheck
 from art_edm.runtime.distributed import ALONE, World
 from art_edm.runtime.errors import NonFiniteOutput
 
@@ -114,11 +115,12 @@ class LiveEnvironment(Environment):
 
     def _look(self) -> Surrogate:
         if self.point is None:  # noise by noise, so that the number of processes changes no rounding
-            sigma, parts = self._sigma(), []
+            sigma, parts, check = self._sigma(), [], FiniteCheck(self.x.device)
             for a in range(0, len(self.x), self.repeats):
                 b = a + self.repeats
                 labels = None if self.labels is None else self.labels[a:b]
-                parts.append(surrogate(self.denoiser, self.x[a:b], sigma[a:b], labels))
+                parts.append(surrogate(self.denoiser, self.x[a:b], sigma[a:b], labels, see=check.see))
+            check.settle()
             self.point = Surrogate(*(torch.cat(each) for each in zip(*parts)))
         return self.point
 

@@ -12,9 +12,10 @@ import re
 import shlex
 import sys
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import click
 
@@ -22,7 +23,8 @@ from art_edm import __version__
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
 
 __all__ = [
-    "TOOLS", "Command", "Group", "check_versions", "command_line", "installed", "named", "tool_command", "versions",
+    "TOOLS", "Command", "Group", "LazyGroup", "check_versions", "command_line", "installed", "named", "tool_command",
+    "versions",
 ]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -128,6 +130,32 @@ class Group(_OneLineErrors, click.Group):
     """For `@click.group(cls=Group)`."""
 
     command_class = Command
+
+
+class LazyGroup(Group):
+    """A group whose commands are imported when they are called, so that the list of them does not wait for torch.
+
+    Args:
+        lazy: name of a command -> (module:attribute, the line about it in the list).
+    """
+
+    def __init__(self, *args: Any, lazy: Dict[str, Tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> List[str]:
+        """The names."""
+        return list(self.lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:
+        """The command, imported now."""
+        module, _, attribute = self.lazy.get(cmd_name, ("", ""))[0].partition(":")
+        return getattr(import_module(module), attribute) if module else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list, without an import."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self.lazy.items()])
 
 
 def check_versions() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import edm
+from art_edm.learning.rollouts import LiveEnvironment
 from art_edm.measure.dense_paths import measure_along, measure_profile
 from art_edm.measure.local_errors import measure_errors
 from art_edm.measure.sde_errors import measure_stochastic
@@ -101,3 +102,15 @@ def test_a_mix_is_found(mix):
 def test_a_read_in_a_loop_is_counted(read):
     assert on_device(lambda net, x: [read(x) for _ in range(7)])[1] == 7
     assert on_device(lambda net, x: [x.sum() for _ in range(7)])[1] == 0
+
+
+@pytest.mark.parametrize("paths", [4, 16])
+def test_live_rollouts_read_as_often_however_many_noises_there_are(paths):
+    def follow(net, x):
+        live = LiveEnvironment(net, CLOCK, 1.0)
+        live.reset(paths, 2, torch.Generator().manual_seed(0))
+        for _ in range(5):
+            live.weight()
+            live.move(np.full(paths, 0.1))
+
+    assert on_device(follow)[1] <= 2 * 6

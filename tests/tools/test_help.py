@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -12,7 +14,8 @@ from click.testing import CliRunner
 from art_edm import __version__
 from art_edm.runtime.cli import Command
 
-NAMES = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "tools").glob("*.py"))
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+NAMES = sorted(path.stem for path in TOOLS.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -22,6 +25,26 @@ def test_every_tool_has_a_version_and_two_examples(name):
     assert (version.exit_code, version.output) == (0, f"art_edm {__version__}\n")
     shown = CliRunner().invoke(command, ["--help"])
     assert shown.exit_code == 0 and shown.output.count(f"tools/{name}.py") >= 2
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("train_cifar10", "train_mnist")])
+def test_help_does_not_wait_for_torch(name):
+    code = ("import runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "except SystemExit: print('torch' in sys.modules, 'scipy' in sys.modules)")
+    tool = TOOLS / f"{name}.py"
+    shown = subprocess.run([sys.executable, "-c", f"import sys; sys.argv[0] = {str(tool)!r}; sys.path[0] = "
+                            f"{str(TOOLS)!r}; {code}"], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("Usage: ") and shown.splitlines()[-1] == "False False"
+
+
+def test_a_list_of_commands_says_of_each_what_it_says_itself():
+    command = importlib.import_module("fid").main
+    context = click.Context(command)
+    assert command.list_commands(context) == ["calc", "compare", "gen", "ref"] and len(command.lazy) == 4
+    for name, (_, text) in command.lazy.items():
+        assert command.get_command(context, name).get_short_help_str(200) == text
+    result = CliRunner().invoke(command, ["score"])
+    assert result.exit_code == 2 and "No such command 'score'" in result.output
 
 
 def example(groups):
