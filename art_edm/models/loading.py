@@ -200,6 +200,10 @@ def _made(spec: str, device: Union[str, torch.device]) -> Network:
                            "network like EDM's becomes one by art_edm.models.nvlabs.NetworkDenoiser(net)")
     made = made.to(device).eval().requires_grad_(False)
     digest = hashlib.sha256()
+    for source in sorted({module, *(type(part).__module__ for part in made.modules())}):  # files of all its classes
+        path = getattr(sys.modules.get(source), "__file__", None)
+        if path and not source.startswith("torch."):
+            digest.update(Path(path).read_bytes())
     for key, value in made.state_dict().items():
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

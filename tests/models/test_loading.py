@@ -278,6 +278,34 @@ def test_a_factory(tmp_path, monkeypatch):
     sys.modules.pop("own_factory")
 
 
+OWN_CODE = """
+from art_edm.models.denoiser import Denoiser
+class Own(Denoiser):
+    def denoise(self, x, sigma, labels): return 0.5 * x
+"""
+
+
+@pytest.mark.parametrize("where", ["own_factory", "own_classes"])
+def test_a_factory_whose_code_changes_is_another_network(where, tmp_path, monkeypatch):
+    """The same weights, here none, with other code: what the store has of the old one must not be found again."""
+    monkeypatch.chdir(tmp_path)
+
+    def identity(code):
+        for name in ("own_factory", "own_classes"):
+            sys.modules.pop(name, None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        (tmp_path / f"{where}.py").write_text(code)
+        if where == "own_classes":
+            (tmp_path / "own_factory.py").write_text("from own_classes import Own\n")
+        with open(tmp_path / "own_factory.py", "a") as file:
+            file.write("def make(): return Own(1, 2)\n")
+        return load_network("own_factory:make").identity
+
+    first = identity(OWN_CODE)
+    assert identity(OWN_CODE) == first
+    assert identity(OWN_CODE.replace("0.5", "0.6")) != first
+
+
 # --- addresses ---------------------------------------------------------------------------------------
 
 
