@@ -263,7 +263,7 @@ def _recorded_solver(file: _File) -> Optional[str]:
     if solver is None:
         return None
     name = sidecar_path(file.path).name
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:
         raise click.UsageError(f"found the solver {solver!r} in {name}, expected one of {', '.join(SOLVERS)}; "
                                "say which with --solver")
     _say(f"Solver {solver}, as {name} says; --solver=NAME takes another.")

@@ -103,6 +103,10 @@ def test_a_sidecar_that_names_no_solver_of_ours(run, names):
     save_grid("o5.npy", edm(5, 0.002, 80), {"solver": "dopri"})
     result, seen = run(names, "--schedule=o5.npy")
     assert result.exit_code == 2 and not seen and "found the solver 'dopri' in o5.json, expected" in result.output
+    for solver in (["clock"], {"name": "clock"}, 3):
+        save_grid("l5.npy", edm(5, 0.002, 80), {"solver": solver})
+        result, seen = run(names, "--schedule=l5.npy")
+        assert result.exit_code == 2 and not seen and f"found the solver {solver!r} in l5.json" in result.output
     Path("n5.json").write_text("{}")  # of another file
     result, seen = run(names, "--schedule=n5.npy")
     assert result.exit_code == 0 and "note: n5.json: found the provenance of another file" in result.output
