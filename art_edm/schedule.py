@@ -240,13 +240,14 @@ def _range(denoiser: Denoiser, options: ScheduleOptions) -> Iterator[None]:
     """The denoiser with the noise levels that are asked for, and afterwards as it was."""
     before, (low, high) = (denoiser.sigma_min, denoiser.sigma_max), denoiser.sigma_limits
     given = {name: getattr(options, name) for name in ("sigma_min", "sigma_max") if getattr(options, name) is not None}
-    for name, level in given.items():
-        option = f"--{name.replace('_', '-')}"
-        if not max(low, 0) <= level <= high or not 0 < level < float("inf"):
-            raise ValueError(f"found {option}={level:g}, expected a noise level from {low:g} to {high:g}, as the "
-                             "network supports; change it")
-        setattr(denoiser, name, float(denoiser.round_sigma(torch.tensor(level, dtype=torch.float64))))
     try:
+        for name, level in given.items():
+            option = f"--{name.replace('_', '-')}"
+            if not max(low, 0) <= level <= high or not 0 < level < float("inf"):
+                least = f"from {low:g}" if low > 0 else "above 0, up"
+                raise ValueError(f"found {option}={level:g}, expected a noise level {least} to {high:g}, as the "
+                                 "network supports; change it")
+            setattr(denoiser, name, float(denoiser.round_sigma(torch.tensor(level, dtype=torch.float64))))
         if denoiser.sigma_min >= denoiser.sigma_max:
             found = f"found --sigma-min={denoiser.sigma_min:g} and --sigma-max={denoiser.sigma_max:g}"
             raise ValueError(f"{found}, expected the first below the second; change one")

@@ -73,7 +73,8 @@ def test_the_range_of_noise_levels_is_asked_for_and_left_as_it_was():
     np.testing.assert_allclose(learned.grid.values[1:-1], exact, rtol=5e-3)
     assert (learned.record["sigma_max"], learned.record["sigma_min"]) == (20.0, 0.01)
     assert (model.sigma_max, model.sigma_min) == (80.0, 0.002)
-    for wrong in ({"sigma_max": 81.0}, {"sigma_min": -1.0}, {"sigma_max": float("nan")}, {"sigma_min": 80.0}):
+    for wrong in ({"sigma_max": 81.0}, {"sigma_min": -1.0}, {"sigma_max": float("nan")}, {"sigma_min": 80.0},
+                  {"sigma_min": 0.0}, {"sigma_min": 0.01, "sigma_max": 81.0}):
         with pytest.raises(ValueError, match="--sigma-m"):
             learn_schedule(model, (6,), ScheduleOptions(method="direct", **wrong))
         assert (model.sigma_max, model.sigma_min) == (80.0, 0.002)
