@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,3 +50,18 @@ def test_candidates_use_all_evaluations_and_one_of_them_is_recommended():
         assert recommended(evaluations) in found and len(set(found)) == len(found)
         assert ("heun" in found) == (evaluations % 2 == 1 and evaluations > 1)
     assert candidates(1) == ("euler",) and set(candidates(9)) == set(CANDIDATES)
+
+
+def no_worse(solver, evaluations, figures):
+    """Whether its mean end-point error is within a standard error of the best candidate's."""
+    mean = lambda name: figures[name]["art"][str(evaluations)]["judge"]["mean"]
+    error = figures[solver]["art"][str(evaluations)]["judge"]["stderr"]
+    return mean(solver) <= min(map(mean, set(CANDIDATES) - {"heun"})) + error
+
+
+@pytest.mark.parametrize("evaluations", [4, 5, 8, 10])
+def test_what_is_recommended_is_among_the_best_where_it_was_measured(evaluations):
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "solvers.json"
+    figures = json.loads(path.read_text())["solvers"]
+    assert no_worse(recommended(evaluations), evaluations, figures)
+    assert not no_worse("ab4-sigma", evaluations, figures)
