@@ -51,7 +51,7 @@ from art_edm.runtime.context import Context
 from art_edm.runtime.errors import CheckpointMismatch, NonFiniteOutput, Stopped
 from art_edm.runtime.memory import few_threads
 from art_edm.runtime.progress import GracefulStop, Progress
-from art_edm.runtime.store import Content
+from art_edm.runtime.store import Content, code_version
 from art_edm.sampling.noise import seeded_generator
 
 __all__ = [
@@ -329,7 +329,7 @@ def _descended(learner: Learner, loss: torch.Tensor, rate: float, optimizer: str
 
 def _identified(config: TrainConfig, context: Context) -> Dict[str, Any]:
     """All that a continued run must find again."""
-    return {**config.settings(), "network": context.identity}
+    return {**config.settings(), "network": context.identity, "version": code_version()}
 
 
 def _packed(state: State, settings: Dict[str, Any]) -> Content:

@@ -17,7 +17,6 @@ from typing import Callable, Optional, Tuple
 import numpy as np
 import torch
 
-from art_edm import __version__
 from art_edm.grids.clocks import Clock, make_clock
 from art_edm.measure.dense_paths import BATCH, PathOptions, draws, measure_along, measure_profile
 from art_edm.measure.field import choose_step
@@ -30,6 +29,7 @@ from art_edm.runtime.context import Context
 from art_edm.runtime.errors import Stopped
 from art_edm.runtime.memory import with_back_off
 from art_edm.runtime.progress import GracefulStop, Progress
+from art_edm.runtime.store import code_version
 from art_edm.sampling.noise import seeded_generator
 from art_edm.sampling.solvers import nfe, order_of
 
@@ -146,7 +146,7 @@ class _Measurement:
     def part(self, name: str, rows: slice, points: int, **known: Profile) -> Profile:
         """The trajectories `rows`, from the store or measured now."""
         store, world, denoiser = self.context.store, self.context.world, self.denoiser
-        what = {"kind": "profile", "part": name, "version": __version__, "network": self.context.identity,
+        what = {"kind": "profile", "part": name, "version": code_version(), "network": self.context.identity,
                 "device": denoiser.device.type, "levels": [denoiser.sigma_min, denoiser.sigma_max],
                 **asdict(self.objective)}
         with world.phase():

@@ -17,12 +17,11 @@ from typing import Any, Callable, Dict, Optional, Set, Type
 
 import torch
 
-from art_edm import __version__
 from art_edm.models.denoiser import Denoiser
 from art_edm.runtime.context import Context
 from art_edm.runtime.errors import Stopped
 from art_edm.runtime.progress import GracefulStop, Progress
-from art_edm.runtime.store import Store, key_of
+from art_edm.runtime.store import Store, code_version, key_of
 
 __all__ = ["Stage"]
 
@@ -69,7 +68,7 @@ class Stage:
 
     def _whole(self, what: Dict[str, Any]) -> Dict[str, Any]:
         device = self.denoiser.device.type
-        return {"version": __version__, "denoiser": self.context.identity, "device": device, **what}
+        return {"version": code_version(), "denoiser": self.context.identity, "device": device, **what}
 
     def _count(self, what: Dict[str, Any], content: Dict[str, Any], found: bool) -> torch.Tensor:
         key = key_of(what)

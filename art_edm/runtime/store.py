@@ -13,6 +13,7 @@ A file is believed only if it says what it is and its checksum agrees; any other
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -28,10 +29,11 @@ import numpy as np
 
 from art_edm.runtime.files import PathLike, atomic_write
 
-__all__ = ["Content", "Store", "canonical", "key_of"]
+__all__ = ["Content", "Store", "canonical", "code_version", "key_of"]
 
 Content = Dict[str, np.ndarray]
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _OWN = re.compile(r"[0-9a-f]{64}(\.part-[0-9]+)?\.npz|\.[0-9a-f]{64}(\.part-[0-9]+)?\.npz(\.\w+)?\.part")
 
 
@@ -43,6 +45,17 @@ def canonical(what: Any) -> str:
 def key_of(what: Any) -> str:
     """Name of the entry that `what` describes."""
     return hashlib.sha256(canonical(what).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=None)
+def code_version() -> str:
+    """Of torch and of this package's files: what a killed run has left is not continued by other code."""
+    import torch
+
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"torch {torch.__version__}, art_edm {digest.hexdigest()[:16]}"
 
 
 class Store:

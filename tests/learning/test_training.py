@@ -24,6 +24,7 @@ from art_edm.learning.training import (
     rollout_settings,
     train,
 )
+from art_edm.measure import objectives
 from art_edm.measure.profile import Profile
 from art_edm.models.analytic import EmpiricalDenoiser, GaussianDenoiser
 from art_edm.runtime.context import Context
@@ -223,6 +224,18 @@ def test_unfinished_work_of_other_settings_is_left_aside(whole, tmp_path, capsys
     assert capsys.readouterr().err.strip() == (
         f"{tmp_path} holds a run with seed=5, this run has seed=0; starting at the beginning")
     assert bits(train(gaussian(), SHORT, context(tmp_path / "new", resume=True))) == whole["cached"]  # nothing there
+
+
+def test_what_other_code_has_left_is_not_continued(whole, tmp_path, monkeypatch, capsys):
+    """Checkpoint and profile of an older version: begun anew; with the same code, nothing is evaluated again."""
+    train(gaussian(), SHORT.changed(iterations=2), context(tmp_path))
+    for module in (objectives, training):
+        monkeypatch.setattr(module, "code_version", lambda: "newer")
+    model = gaussian()
+    assert bits(train(model, SHORT, context(tmp_path, quiet=False))) == whole["cached"] and model.evaluations > 0
+    assert "this run has" in capsys.readouterr().err
+    model = gaussian()
+    assert bits(train(model, SHORT, context(tmp_path))) == whole["cached"] and model.evaluations == 0
 
 
 def test_a_context_without_identity_finds_nothing(tmp_path):

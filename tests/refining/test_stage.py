@@ -77,7 +77,7 @@ def test_whatever_decides_an_entry_distinguishes_it(tmp_path, monkeypatch, other
     if other == "labels":
         noises = noises._replace(labels=torch.eye(3))
     if other == "version":
-        monkeypatch.setattr(stage_module, "__version__", "0")
+        monkeypatch.setattr(stage_module, "code_version", lambda: "0")
     context = kept(tmp_path, identity="that" if other == "identity" else "it", batch=3 if other == "batch" else 2)
     stage = Stage(model, context)
     if other == "device":

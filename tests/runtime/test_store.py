@@ -9,7 +9,8 @@ import os
 import numpy as np
 import pytest
 
-from art_edm.runtime.store import Store, canonical, key_of
+import art_edm.runtime.store as store_module
+from art_edm.runtime.store import Store, canonical, code_version, key_of
 
 WHAT = {"network": "abc", "levels": [80.0, 0.1, 0.0], "seed": 3, "details": {"class_idx": None}}
 
@@ -188,3 +189,14 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(tmp_path, monkeypatc
         with pytest.raises(OSError, match=message):
             store.memo({**WHAT, "seed": 4}, content)
     assert same(store.load(WHAT), content()) and os.listdir(store.folder) == [f"{key_of(WHAT)}.npz"]
+
+
+def test_every_file_of_the_package_decides_the_code_version(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.py").write_text("a = 1\n")
+    monkeypatch.setattr(store_module, "_PACKAGE", tmp_path)
+    first = code_version.__wrapped__()
+    (tmp_path / "notes.txt").write_text("no code")
+    assert code_version.__wrapped__() == first
+    (tmp_path / "sub" / "a.py").write_text("a = 2\n")
+    assert code_version.__wrapped__() != first != code_version()
