@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from networks.classifier import ClassifierConfig
-from networks.command import DataSet, training_command
-from networks.score import ScoreConfig
+from typing import Any, Optional, Tuple
 
-from art_edm.metrics.cifar10 import load_cifar10
-from art_edm.models.resnet import ResNet
+from networks.options import ClassifierConfig, DataSet, ScoreConfig, training_command
 
 HELP = """Train the score network and a ResNet on CIFAR-10, and measure them.
 
@@ -22,8 +19,16 @@ HELP = """Train the score network and a ResNet on CIFAR-10, and measure them.
       python tools/train_cifar10.py --data=DIR --iterations=500 --floor-samples=500 --floor-steps=20 --out=runs/quick
     """
 
+
+def load(split: str, data: Optional[str]) -> Tuple[Any, Any]:
+    """Pixels uint8 [N, 3, 32, 32] and labels [N]."""
+    from art_edm.metrics.cifar10 import load_cifar10
+
+    return load_cifar10(split, data)
+
+
 CIFAR10 = DataSet(
-    name="cifar10", load=load_cifar10, judge=ResNet, fid="CIFAR-FID", expected_accuracy=0.9, snapshots=1000,
+    name="cifar10", load=load, judge_name="ResNet", fid="CIFAR-FID", expected_accuracy=0.9, snapshots=1000,
     data_help="Folder or .tar archive of train/CLASS/*.jpg and test/CLASS/*.jpg (or .png); required.",
     note="CIFAR-10 as found in --data; from JPEG files it is slightly lossy",
     score=ScoreConfig(iterations=80_000, batch=32, learning_rate=1e-3, warmup=200, sigma_mean=-1.2, sigma_std=1.2,

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
-import torch
-from networks.classifier import ClassifierConfig
-from networks.command import DataSet, training_command
-from networks.score import ScoreConfig
-
-from art_edm.metrics.mnist import load_mnist
-from art_edm.models.lenet import LeNet
+from networks.options import ClassifierConfig, DataSet, ScoreConfig, training_command
 
 HELP = """Train the score network and LeNet on MNIST, and measure them.
 
@@ -25,14 +19,16 @@ HELP = """Train the score network and LeNet on MNIST, and measure them.
     """
 
 
-def load(split: str, data: Optional[str]) -> Tuple[torch.Tensor, torch.Tensor]:
+def load(split: str, data: Optional[str]) -> Tuple[Any, Any]:
     """Pixels uint8 [N, 1, 28, 28] and labels [N]."""
+    from art_edm.metrics.mnist import load_mnist
+
     pixels, labels = load_mnist(split, data)
     return pixels.unsqueeze(1), labels
 
 
 MNIST = DataSet(
-    name="mnist", load=load, score=ScoreConfig(), judge=LeNet, judge_config=ClassifierConfig(), fid="LeNet-FID",
+    name="mnist", load=load, score=ScoreConfig(), judge_name="LeNet", judge_config=ClassifierConfig(), fid="LeNet-FID",
     data_help="Folder with the four MNIST files; downloaded and kept by default.", note="MNIST",
     expected_accuracy=0.99,
 )

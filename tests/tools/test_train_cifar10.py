@@ -11,6 +11,7 @@ import train_cifar10 as tool
 from click.testing import CliRunner
 from networks import command as training
 from networks.classifier import accuracy
+from networks.options import training_command
 from PIL import Image
 
 from art_edm.metrics.cifar10 import CLASSES, load_cifar10
@@ -40,7 +41,7 @@ def run(monkeypatch, *arguments):
     )
     monkeypatch.setattr(training, "SHEET_STEPS", 2)
     options = ["--batch=4", "--snapshots=2", "--floor-samples=40", "--floor-steps=2", "--snapshot-samples=0"]
-    result = CliRunner().invoke(training.training_command(small, tool.HELP), [*arguments, *options])
+    result = CliRunner().invoke(training_command(small, tool.HELP), [*arguments, *options])
     assert result.exit_code == 0, result.output
     return result
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import train_mnist as tool
 from click.testing import CliRunner
-from networks import classifier
+from networks import classifier, options
 from networks import command as training
 from networks.classifier import accuracy
 from PIL import Image
@@ -70,7 +70,7 @@ def data(tmp_path_factory):
         patch.setattr(training, "SNAPSHOT_STEPS", 2)
         small = replace(tool.MNIST, judge_config=replace(tool.MNIST.judge_config, iterations=40),
                         score=replace(tool.MNIST.score, width=16, deep_width=24, bfloat16=False))
-        patch.setattr(tool, "main", training.training_command(small, tool.HELP))
+        patch.setattr(tool, "main", options.training_command(small, tool.HELP))
         yield folder
 
 
@@ -280,7 +280,7 @@ def test_other_settings_are_refused_before_any_work(copy, data, monkeypatch):
 
 @pytest.mark.parametrize("snapshots, steps", [(0, 250), (2500, 250), (100, 100), (750, 250), (300, 150), (7, 7)])
 def test_checkpoints_fall_on_snapshots(snapshots, steps):
-    assert training.save_every(snapshots) == steps and snapshots % steps == 0
+    assert options.save_every(snapshots) == steps and snapshots % steps == 0
 
 
 def test_coarse_losses():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Dict
+from typing import Any, Dict
 
 import torch
 from torch import nn
@@ -12,23 +11,9 @@ from torch.nn import functional
 
 from art_edm.sampling.noise import seeded_generator
 from networks.loop import Run, to_unit, train
+from networks.options import ClassifierConfig
 
 __all__ = ["ClassifierConfig", "accuracy", "train_classifier"]
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """Settings of `train_classifier`; a checkpoint of other settings is refused."""
-
-    label: ClassVar[str] = "classifier"
-    open_ended: ClassVar[bool] = False
-    iterations: int = 5616  # optimizer steps (12 epochs of MNIST); AdamW, cosine to zero
-    batch: int = 128  # images per step
-    learning_rate: float = 2e-3  # of the first step
-    weight_decay: float = 0.0
-    smoothing: float = 0.0  # share of the label that is spread over all classes
-    shift: int = 0  # pixels that an image is moved by at most, and mirrored half of the time; 0: shown as it is
-    seed: int = 0
 
 
 def _batch(pixels: torch.Tensor, config: ClassifierConfig, it: int) -> Any:

@@ -1,12 +1,11 @@
-"""The command that trains a bundled network and its judge on a data set, and measures both."""
+"""Training of a bundled network and its judge on a data set, and the measurement of both."""
 
 from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
 
 import click
 import numpy as np
@@ -21,19 +20,20 @@ from art_edm.metrics.detectors import ClassifierDetector, Detector
 from art_edm.metrics.frechet import Moments, frechet_distance, moments
 from art_edm.metrics.panel import Panel
 from art_edm.models.loading import Network, load_classifier, load_network, save_classifier, save_network
-from art_edm.runtime.cli import Command, command_line, versions
-from art_edm.runtime.distributed import ALONE, resolve_device
+from art_edm.runtime.cli import command_line, versions
+from art_edm.runtime.distributed import ALONE
 from art_edm.runtime.errors import Stopped
 from art_edm.runtime.files import check_destination, sha256_of, write_json
 from art_edm.runtime.progress import GracefulStop, Progress
 from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import Choice
 from art_edm.sampling.generate import generate, sample_sheet, watching
-from networks.classifier import ClassifierConfig, accuracy, train_classifier
-from networks.loop import Run, read_checkpoint
-from networks.score import ScoreConfig, snapshot_path, train_score
+from networks.classifier import accuracy, train_classifier
+from networks.loop import read_checkpoint
+from networks.options import Settings
+from networks.score import snapshot_path, train_score
 
-__all__ = ["DataSet", "Settings", "coarse", "save_every", "training_command"]
+__all__ = ["coarse", "run_training"]
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 SOLVER = "heun"
@@ -41,119 +41,7 @@ SHEET_STEPS, SHEET_IMAGES = 35, 100  # 69 evaluations
 SNAPSHOT_STEPS = 18  # 35 evaluations
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """What differs between the bundled networks."""
-
-    name: str  # of the network; its results are called NAME.pt, NAME.json and NAME.png
-    load: Callable[[str, Optional[str]], Tuple[torch.Tensor, torch.Tensor]]  # split, --data -> pixels, labels [N]
-    data_help: str  # of --data
-    note: str  # for the card: what the images are
-    score: ScoreConfig
-    judge: type  # class of the classifier whose features judge
-    judge_config: ClassifierConfig
-    fid: str  # name of the Frechet distance of its features
-    expected_accuracy: float
-    snapshots: int = 2500
-
-    @property
-    def judge_file(self) -> str:
-        """Name of the judge's weight file."""
-        return f"{self.judge.__name__.lower()}.pt"
-
-    @property
-    def results(self) -> List[str]:
-        """Names of the files that a training leaves."""
-        return [f"{self.name}.pt", self.judge_file, f"{self.name}.json", f"{self.name}.png"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of the command."""
-
-    data_set: DataSet
-    data: Optional[str]
-    out: Path
-    start: Optional[Path]
-    iterations: int
-    batch: int
-    learning_rate: float
-    seed: int
-    snapshots: int
-    resume: bool
-    quiet: bool
-    device: str
-    floor_samples: int
-    floor_steps: int
-    snapshot_samples: int
-
-    @property
-    def score(self) -> ScoreConfig:
-        """Settings of the score network's training."""
-        start = "" if self.start is None else sha256_of(self.start / self.data_set.results[0])
-        return replace(self.data_set.score, iterations=self.iterations, batch=self.batch, seed=self.seed,
-                       learning_rate=self.learning_rate, start=start)
-
-    @property
-    def judge(self) -> ClassifierConfig:
-        """Settings of the judge's training."""
-        return replace(self.data_set.judge_config, seed=self.seed)
-
-    def run(self, name: str) -> Run:
-        """Where the training of `name` keeps its state."""
-        return Run(self.out / f"{name}.ckpt", self.resume, self.quiet, save_every(self.snapshots))
-
-    @property
-    def command(self) -> str:
-        """The command that gives these results on any computer: all options but folders and how it is shown."""
-        hidden = ("data_set", "data", "out", "resume", "quiet", "start")
-        words = [f"--{name.replace('_', '-')}={getattr(self, name)}" for name in self.__dataclass_fields__
-                 if name not in hidden]
-        start = [] if self.start is None else ["--start=DIR"]
-        return " ".join([f"python tools/train_{self.data_set.name}.py", *start, *words])
-
-
-def _count(option: str, default: int, text: str, least: int = 1, most: Optional[int] = None) -> Any:
-    """An option that takes a whole number."""
-    kind = click.IntRange(least, most)
-    return click.option(option, type=kind, default=default, show_default=True, metavar="N", help=text)
-
-
-def training_command(data_set: DataSet, text: str) -> click.Command:
-    """The command of tools/train_NAME.py; `text` is its help."""
-    name, rate = data_set.name, data_set.score.learning_rate
-    options = [
-        click.option("--data", metavar="PLACE", help=data_set.data_help),
-        click.option("--out", type=click.Path(path_type=Path), default=f"runs/{name}", show_default=True, metavar="DIR",
-                     help="Where checkpoints and results go; created if missing."),
-        click.option("--start", type=click.Path(path_type=Path), metavar="DIR",
-                     help=f"Go on from the weights in DIR ({name}.pt), and judge by its {data_set.judge.__name__}; "
-                          "--iterations counts anew."),
-        _count("--iterations", data_set.score.iterations, "Training steps of the score network."),
-        _count("--batch", data_set.score.batch, "Images per training step."),
-        click.option("--learning-rate", type=click.FloatRange(0, 1, min_open=True), default=rate, show_default=True,
-                     metavar="X", help="Of the score network after warm-up."),
-        _count("--seed", 0, "Of weights, draws and samples.", least=0, most=2**32 - 1),
-        _count("--snapshots", data_set.snapshots, "Keep the averaged weights every N steps; 0 for none.", least=0),
-        _count("--floor-samples", 10_000, f"Samples for the {data_set.fid} floor.", least=40),
-        _count("--floor-steps", 200, "Steps of Heun's method for the floor."),
-        _count("--snapshot-samples", 2000, f"Samples for the {data_set.fid} of each snapshot; 0 to skip.", least=0),
-        click.option("--device", default="cpu", show_default=True, metavar="NAME",
-                     help="Where the score network runs."),
-        click.option("--resume", is_flag=True, help="Continue what an earlier run left in --out."),
-        click.option("--quiet", is_flag=True, help="Show no progress."),
-    ]
-
-    def main(**values: Any) -> None:
-        _main(Settings(data_set, **{**values, "device": str(resolve_device(values["device"]))}))
-
-    main.__doc__ = text
-    for option in reversed(options):
-        main = option(main)
-    return click.command(cls=Command)(main)
-
-
-def _main(settings: Settings) -> None:
+def run_training(settings: Settings) -> None:
     """Check everything, do the work, and say how to continue if it stops."""
     _check(settings)
     data = {split: settings.data_set.load(split, settings.data) for split in ("train", "test")}
@@ -227,11 +115,6 @@ def _work(settings: Settings, data: Dict[str, Any], stop: GracefulStop) -> Dict[
     }
     write_json(card_path, card)
     return card
-
-
-def save_every(snapshots: int) -> int:
-    """Steps between checkpoints: at most 250, and such that every snapshot falls on one."""
-    return max(n for n in range(1, 251) if snapshots % n == 0)
 
 
 def _origin(settings: Settings) -> Optional[Dict[str, Any]]:

@@ -9,9 +9,8 @@ gamma      exponent of the power-function average: beta = (1 - 1/t)^(gamma + 1)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
@@ -19,34 +18,9 @@ from art_edm.models.loading import save_network
 from art_edm.models.unet import ScoreUNet
 from art_edm.sampling.noise import seeded_generator
 from networks.loop import Run, to_unit, train
+from networks.options import ScoreConfig
 
 __all__ = ["ScoreConfig", "score_loss", "snapshot_path", "stratified_sigma", "train_score"]
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """Settings of `train_score`; a checkpoint of other settings is refused."""
-
-    label: ClassVar[str] = "score network"
-    iterations: int = 20_000  # optimizer steps
-    batch: int = 128  # images per step
-    learning_rate: float = 2e-3  # after warm-up
-    warmup: int = 500  # steps of linear warm-up
-    sigma_mean: float = -0.5  # mean of log sigma
-    sigma_std: float = 1.3  # standard deviation of log sigma
-    ema_gamma: float = 16.97  # width of the average: 5 % of the training so far
-    bfloat16: bool = True  # run the convolutions in bfloat16 (half the time where the CPU has it)
-    seed: int = 0
-    flips: bool = False  # show every image as often mirrored
-    rate_steps: int = 0  # steps after which the learning rate falls as 1/sqrt(steps); 0: linear to zero instead
-    width: int = 64  # channels of the network's fine level
-    deep_width: int = 96  # and of its coarse level
-    start: str = ""  # SHA-256 of the weight file the training starts from; random weights without
-
-    @property
-    def open_ended(self) -> bool:
-        """Whether more iterations than once planned go on from a checkpoint: no step depends on their number."""
-        return self.rate_steps > 0
 
 
 def stratified_sigma(batch: int, mean: float, std: float, generator: torch.Generator) -> torch.Tensor:
