@@ -1,4 +1,4 @@
-"""Runs of ART-RL that are kept: what a run leaves behind, as a cell.
+"""Runs of ART-RL that are kept: what a run leaves behind, as an entry of the store.
 
 Symbols
 -------
