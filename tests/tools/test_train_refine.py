@@ -49,7 +49,7 @@ def stopped_in(owner, name: str, number: int = signal.SIGINT):
         yield
 
 
-@pytest.mark.parametrize("solver", ["heun", "dpmpp2m"])
+@pytest.mark.parametrize("solver", ["heun", "dpmpp2m", "clock"])
 def test_the_refined_grid_is_better_for_its_solver(run, solver):
     assert run(*DIRECT, "--steps=5", "--out=plain.npy").exit_code == 0
     result = run(*DIRECT, "--steps=5", "--out=refined.npy", "--refine", f"--solver={solver}")
