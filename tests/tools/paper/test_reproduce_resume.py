@@ -58,21 +58,23 @@ reproduction._runner = lambda kind: lambda item, lab: now.append(item.name) or r
 def watched(owner, name, kind, text):
     real = getattr(owner, name)
     def call(*args, **kwargs):
-        if (where, place) == (now[-1], kind):
+        if (where, place) == (now[-1], kind) and text(*args):
             calls.append(1)
             if len(calls) == count:
                 os.kill(os.getpid(), signal.SIGKILL)
         result = real(*args, **kwargs)
-        with open(log, "a") as file:
-            file.write(f"{kind} {text(*args)}\\n")
+        if text(*args):
+            with open(log, "a") as file:
+                file.write(f"{kind} {text(*args)}\\n")
         return result
     setattr(owner, name, call)
 
-watched(finished.Store, "save", "save", lambda self, what, content: finished.key_of(what))
+watched(finished.Store, "save", "save", lambda self, what, content: (  # a checkpoint is no finished piece
+    "" if what == training.CHECKPOINT else f"{self.folder.name} {finished.key_of(what)}"))
 watched(experiment, "_images", "images", lambda denoiser, samples, indices, work: (
     f"{now[-1]} {samples.solver} {samples.grid.values.tolist()} {samples.first} {samples.num} {indices}"))
 watched(training._Run, "_iterate", "iteration", lambda run, *rest: (
-    f"{run.settings['network']} {run.config} {run.state.iteration}"))
+    f"{run.context.identity} {run.config} {run.state.iteration}"))
 import reproduce
 reproduce.main(sys.argv[1:])
 """
