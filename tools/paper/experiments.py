@@ -127,7 +127,7 @@ def select(names: Sequence[str]) -> List[Experiment]:
         found = _matching(name)
         if not found:
             figures = sorted({figure for item in _ALL for figure in item.figures}, key=lambda text: int(text[6:]))
-            raise ValueError(f"found {name!r}, expected of {', '.join([*TABLES, *figures])}")
+            raise ValueError(f"found {name!r}, expected some of {', '.join([*TABLES, *figures])}")
         chosen.update(found)
     return [item for key, item in TABLES.items() if key in chosen]
 
