@@ -136,7 +136,8 @@ def learn_schedule(
             began = time.perf_counter()
             loaded = _loaded(network, here.device, options)
             paths = _paths(out and _named(out, loaded), label, wanted)
-            goal = _Goal(wanted, paths, out is not None and not isinstance(network, Denoiser))
+            named = not isinstance(network, (Denoiser, Network)) or loaded.sha256 is not None  # else it may be any
+            goal = _Goal(wanted, paths, out is not None and named)
             job = _Job(loaded, config, options, here, goal)
             job.seconds["load"] = time.perf_counter() - began
         with _range(loaded.denoiser, options):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from art_edm import schedule
 from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import load_grid
 from art_edm.measure.field import rms
@@ -344,3 +345,14 @@ def test_what_will_be_done_is_said_before_it_is_done(capsys):
     learn_schedule(model, (4,), live)
     assert f"2 iterations, {3 * 8 * 97 * 2:,} evaluations" in capsys.readouterr().out
     assert model.evaluations == 680 + 4 * 85 + 3 * 8 * 97 * 2
+
+
+@pytest.mark.parametrize("network, kept", [
+    (Network(gaussian(), "mine", None), False), (Network(gaussian(), "mine", "ab" * 32), True), (gaussian(), False),
+    ("gaussian:0.5", True),
+])
+def test_unfinished_work_is_kept_only_of_networks_that_are_told_apart(tmp_path, monkeypatch, network, kept):
+    folders, true = [], schedule.Store
+    monkeypatch.setattr(schedule, "Store", lambda folder: folders.append(folder) or true(folder))
+    learn_schedule(network, (3,), DIRECT, out=str(tmp_path / "g.npy"))
+    assert folders == [tmp_path / "g.unfinished" if kept else None] and (tmp_path / "g.npy").exists()

@@ -32,7 +32,7 @@ from art_edm.runtime.store import Content
 
 __all__ = ["Entry", "blocks_of", "compare", "open_entries", "parse_entries", "seeds_of", "unpaired"]
 
-_METHOD = 2  # raised whenever the same images would get other numbers
+_METHOD = 3  # raised whenever the same images would get other numbers
 
 
 class Entry(NamedTuple):

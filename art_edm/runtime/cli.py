@@ -159,10 +159,14 @@ class LazyGroup(Group):
 
 
 def check_versions() -> None:
-    """Raise a ValueError if numpy is newer than torch can use: torch has known numpy 2 since 2.3."""
+    """Raise a ValueError for a torch before 2.0, or a numpy newer than torch can use, which knows numpy 2 since 2.3."""
     with suppress(PackageNotFoundError):  # installed without a record: torch itself will tell
         torch, numpy = version("torch"), version("numpy")
-        if tuple(map(int, re.findall(r"\d+", torch)[:2])) < (2, 3) and not numpy.startswith(("0.", "1.")):
+        number = tuple(map(int, re.findall(r"\d+", torch)[:2]))
+        if number < (2, 0):
+            raise ValueError(f"found torch {torch}, expected 2.0 or newer: run this where it is; the grid works here, "
+                             "too, in the patched scripts")
+        if number < (2, 3) and not numpy.startswith(("0.", "1.")):
             raise ValueError(f"found torch {torch} with numpy {numpy}, expected a numpy before 2 with a torch before "
                              "2.3: pip install 'numpy<2'")
 

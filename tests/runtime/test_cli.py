@@ -27,6 +27,14 @@ def test_an_old_torch_needs_an_old_numpy(torch, numpy, fits, monkeypatch):
     assert CliRunner().invoke(main, ["--help"]).exit_code == 0
 
 
+def test_a_torch_before_2_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(cli, "version", {"torch": "1.12.1+cu116", "numpy": "1.26.4"}.get)
+    with pytest.raises(ValueError, match=r"found torch 1\.12\.1\+cu116, expected 2\.0 or newer.*patched scripts"):
+        cli.check_versions()
+    monkeypatch.setattr(cli, "version", {"torch": "2.0.0", "numpy": "1.26.4"}.get)
+    cli.check_versions()
+
+
 def test_what_is_installed_without_a_record_is_not_judged(monkeypatch):
     def absent(name):
         raise cli.PackageNotFoundError(name)
