@@ -89,7 +89,7 @@ GEN_HELP = {
 @click.option("--blocks", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Seed blocks, for a standard error; block b has the images b N, b N + 1, ...")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="N",
-              help="0 for the images that upstream's --seeds=0-... are.")
+              help="0 for the noises of upstream's --seeds=0-... on a CPU; on a GPU upstream draws others.")
 @click.option("--reference-error", is_flag=True,
               help="Also measure the distance of end points to a fine solution from the same noise.")
 @click.option("--error-noises", type=click.IntRange(1), default=256, show_default=True, metavar="N",
@@ -145,6 +145,7 @@ def _plan(options: Dict[str, Any], network: Network, context: Context) -> Tuple[
     plan = replace(plan, decode=decoder_of(network))
     found = judges(options, plan.image_shape, context, needs_reference=plan.fine is None)
     plan = replace(plan, panel=found.panel, references=found.references)
+    show(choice.note for choice in choices if choice.note)
     show([*found.notes, *(few_notes(options["num"], found.panel.metrics, "images per block") if plan.scores else [])])
     if "is" in found.panel.metrics and options["splits"] > options["num"]:
         raise ValueError(f"found --splits={options['splits']} for {options['num']} images, expected no more; lower "

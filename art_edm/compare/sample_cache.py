@@ -4,6 +4,7 @@ Symbols
 -------
 entry      (network, grid, solver, seed, block) and what is kept of its images: metrics, or the end points
 block      the images of the indices first, ..., first + num - 1; seed 0 is upstream's --seeds=first-(first+num-1)
+           on a CPU
 end point  where a path ends, float64, not rounded to pixels
 
 Image i of a seed has a random generator of its own, so that it does not depend on the batch or on the number of

@@ -16,7 +16,6 @@ import atexit
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -57,7 +56,9 @@ class World:
         """The sum over all processes of their tensors, on every one; in place where there are several."""
         if self.size > 1:
             with self._together():
-                distributed.all_reduce(tensor)
+                host = tensor.cpu()
+                distributed.all_reduce(host)
+            tensor.copy_(host)
         return tensor
 
     def share(self, value: Any) -> Any:
@@ -65,7 +66,7 @@ class World:
         box = [value]
         if self.size > 1:
             with self._together():
-                distributed.broadcast_object_list(box, device=self.device)
+                distributed.broadcast_object_list(box)
         return box[0]
 
     def gather(self, value: Any) -> List[Any]:
@@ -209,9 +210,8 @@ def world(device: str = "auto") -> Iterator[World]:
     try:
         with here.phase():
             here.device = resolve_device(device)
-        distributed.init_process_group(
-            _backend(here, distributed.PrefixStore("devices", store)), store=distributed.PrefixStore("sums", store),
-            rank=rank, world_size=size,
+        distributed.init_process_group(  # not NCCL: there a lost process is a stall, not an error
+            "gloo", store=distributed.PrefixStore("sums", store), rank=rank, world_size=size,
         )
         yield here
         here.leave()
@@ -248,15 +248,6 @@ def _wait(printed: Any) -> None:
             time.sleep(_POLL)
     except RuntimeError:  # process 0 held the store and has ended
         pass
-
-
-def _backend(here: World, store: Any) -> str:
-    """NCCL where each process has a GPU of its own; two on one GPU only Gloo can serve, and it serves CPUs."""
-    if here.device.type != "cuda":
-        return "gloo"
-    own = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')} {here.device.index}"
-    store.set(str(here.rank), own)
-    return "nccl" if len({store.get(str(rank)) for rank in range(here.size)}) == here.size else "gloo"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -11,6 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence
 
+import numpy as np
+import torch
+
 from art_edm.grids.grid import RULES, Grid, GridError, load_grid, read_off
 from art_edm.models.denoiser import Denoiser
 from art_edm.sampling.solvers import supported
@@ -24,6 +27,7 @@ class Choice(NamedTuple):
     name: str  # the same for all numbers of steps
     grid: Grid
     origin: str  # "rule", "file" or "resampled from K"
+    note: str = ""  # of a rule with more steps than the network has levels for
 
 
 def choose_grids(specs: Sequence[str], steps: Sequence[int], denoiser: Denoiser) -> List[Choice]:
@@ -66,7 +70,12 @@ def _rule(name: str, num_steps: int, denoiser: Denoiser) -> Choice:
     """A rule as everywhere here: a denoiser without a lowest level takes `edm` to 0."""
     own = hand_made(denoiser, num_steps)
     grid = own[name] if name in own else RULES[name](num_steps, denoiser.sigma_min, denoiser.sigma_max, 7)
-    return Choice(name, grid, "rule")
+    levels = denoiser.round_sigma(torch.tensor(grid.values[:-1])).cpu().numpy()
+    distinct = np.unique(levels)[::-1]  # upstream's samplers take steps of length 0 between equal ones
+    if len(distinct) == len(levels):
+        return Choice(name, grid, "rule")
+    note = f"{name} in {num_steps} steps has {len(distinct)} noise levels of this network: sampled in as many steps"
+    return Choice(name, Grid(np.append(distinct, 0.0)), "rule", note)
 
 
 def _from_file(name: str, path: str, num_steps: int) -> Choice:

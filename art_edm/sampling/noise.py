@@ -22,7 +22,7 @@ def seeded_generator(seed: int, index: int) -> torch.Generator:
 
 
 def latents(seed: int, indices: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """Unit noise [len(indices), C, H, W]; each image's own, whatever the batch. Seed 0 is EDM's --seeds=indices."""
+    """Unit noise [len(indices), C, H, W]; each image's own. Seed 0: EDM's --seeds=indices on a CPU."""
     return torch.stack([torch.randn(tuple(shape), generator=seeded_generator(seed, i)) for i in indices])
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed import HashStore
 
-from art_edm.runtime import distributed
 from art_edm.runtime.distributed import World, resolve_device, world
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
 
@@ -140,16 +138,3 @@ def test_devices_of_one_process_among_several(monkeypatch):
         resolve_device("cuda:1")
     with pytest.raises(ValueError, match="cannot use --device=mps: paths are followed in float64"):
         resolve_device("mps")
-
-
-@pytest.mark.parametrize("names, expected", [(["0", "1"], "nccl"), (["0", "0"], "gloo")])
-def test_two_processes_on_one_gpu_sum_by_gloo(monkeypatch, names, expected):
-    store = HashStore()
-    worlds = [World(rank, 2, device=torch.device("cuda", 0)) for rank in range(2)]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names[0])
-    with pytest.raises(RuntimeError):  # waits for the other one
-        store.set_timeout(timedelta(milliseconds=10))
-        distributed._backend(worlds[0], store)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names[1])
-    assert distributed._backend(worlds[1], store) == expected
-    assert distributed._backend(World(device=torch.device("cpu")), store) == "gloo"
