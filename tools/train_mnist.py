@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Optional, Tuple
 
-from networks.options import ClassifierConfig, DataSet, ScoreConfig, training_command
+from networks.config import ClassifierConfig, DataSet, ScoreConfig
+from networks.options import training_command
 
 HELP = """Train the score network and LeNet on MNIST, and measure them.
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from art_edm.sampling.noise import seeded_generator
+from networks.config import ClassifierConfig
 from networks.loop import Run, to_unit, train
-from networks.options import ClassifierConfig
 
 __all__ = ["ClassifierConfig", "accuracy", "train_classifier"]
 

@@ -29,8 +29,8 @@ from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import Choice
 from art_edm.sampling.generate import generate, sample_sheet, watching
 from networks.classifier import accuracy, train_classifier
+from networks.config import Settings
 from networks.loop import read_checkpoint
-from networks.options import Settings
 from networks.score import snapshot_path, train_score
 
 __all__ = ["coarse", "run_training"]

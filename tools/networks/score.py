@@ -17,8 +17,8 @@ import torch
 from art_edm.models.loading import save_network
 from art_edm.models.unet import ScoreUNet
 from art_edm.sampling.noise import seeded_generator
+from networks.config import ScoreConfig
 from networks.loop import Run, to_unit, train
-from networks.options import ScoreConfig
 
 __all__ = ["ScoreConfig", "score_loss", "snapshot_path", "stratified_sigma", "train_score"]
 
