@@ -408,8 +408,7 @@ class _Job:
             grids = {key: next(iter(each.values())) for key, each in by_solver.items()}
         with self.world.phase():
             learned = self.written(config, result, grids, records)
-            if self.world.rank == 0:
-                store.remove()
+        store.remove()  # by every process: those of another machine have a folder there
         return learned
 
     def grids(self, result: TrainResult, keys: Sequence[int]) -> Dict[int, Dict[Optional[str], Grid]]:

@@ -40,7 +40,7 @@ from tests.benchmarks.refine_search import search
 SEEDS = {"judge": 31001, "make": 31002, "images": 31003}
 TEACHER, WARMUP, COEFFICIENT = 61, 256, 1.15  # GITS's own settings for CIFAR-10
 SEARCHED, ITERATIONS = 64, 500  # of the gradient search
-FINE = 200  # Heun steps of the exact solution
+FINE = 100  # Heun steps of the exact solution
 BATCH = 128
 
 

@@ -60,7 +60,7 @@ def make_job(networks: Sequence[str] = NETWORKS) -> Job:
     def job(i: int) -> None:
         network = networks[i % len(networks)]
         arguments = [f"--network={network}", "--steps=6", "--out=job.npy", "--trajectories=2", "--iterations=4",
-                     f"--seed={i}", "--quiet", "--device=cpu"]
+                     f"--seed={i}", "--force", "--quiet", "--device=cpu"]
         main.main(arguments, standalone_mode=False)
         denoiser = load_network(network, "cpu", quiet=True).denoiser
         with torch.inference_mode():

@@ -65,7 +65,7 @@ def test_the_plan_is_the_mean_at_every_point_of_a_path():
 
 @pytest.mark.parametrize("sees", POLICY_INPUTS)
 def test_what_each_kind_sees(sees):
-    policy, s = lively(inputs=sees), torch.full((5,), 0.3).double()
+    policy, s = lively(sees=sees), torch.full((5,), 0.3).double()
     q = torch.ones(5).double()
     factor = lambda tau, s, q: policy(make_features(tau, s, q).float()) / (1 - s)
     here = factor(0.25, s, q)

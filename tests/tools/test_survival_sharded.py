@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.tools.test_survival_processes import free_port, start
+
+pytestmark = pytest.mark.slow
 
 # D of a Gaussian with sigma_data 0.5, half of it on each of two processes; the whole of it where there is but one.
 DRIVER = """
@@ -14,8 +17,6 @@ from torch import distributed
 from art_edm.learning.config import PRESETS
 from art_edm.models.denoiser import Denoiser
 from art_edm.learning.training import train
-
-pytestmark = pytest.mark.slow
 
 rank, size, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), sys.argv[1]
 if size > 1:
