@@ -188,7 +188,7 @@ def test_upstreams_guided_edm2_networks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "import runpy, sys; sys.argv = ['train_schedule.py', *sys.argv[2:]]; runpy.run_path(%r, run_name='__main__')"
     run_python(code % str(SCRIPT), "-", "--network=net.pkl", "--gnet=gnet.pkl", "--guidance=1.8", "--class=2",
-               "--steps=5", *QUIET, cwd=tmp_path)
+               "--steps=5", "--out=art_net5.npy", *QUIET, cwd=tmp_path)
     record = json.loads(Path("art_net5.json").read_text())
     assert record["network_calls"] == 2 * record["evaluations"] == 2 * 4 * 85
     assert record["network"]["class_idx"] == 2

@@ -231,6 +231,8 @@ laboratory.PRESETS["default"] = PRESETS["default"].changed(**json.loads(sys.argv
 num, shares = int(sys.argv.pop(1)), sys.argv.pop(1)
 for name in ("table2", "table7"):
     recipes.TABLES[name] = replace(recipes.TABLES[name], steps=(2, 5), num=num, blocks=2, noises=16)
+load = laboratory.load_detector
+laboratory.load_detector = lambda *args, **options: load(*args, **{**options, "trust": True})  # of the stand-in
 train = learned.train
 def counted(denoiser, *args, **kwargs):
     before = denoiser.evaluations
