@@ -115,6 +115,7 @@ def iddpm_levels(count: int = 1000) -> np.ndarray:
     return np.array(u[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top, steps", [(80.0, 22), (80.0, 64), (80.0, 79), (80.0, 128), (None, 128)])
 def test_levels_of_iddpm_in_many_steps(top, steps):
     levels = iddpm_levels()
@@ -238,6 +239,7 @@ def test_a_solver_that_is_asked_for_stays_and_its_steps_follow():
     assert learn_schedule(gaussian(), options=own)[9].grid == learn_schedule(gaussian(), (5,), steps)[5].grid
 
 
+@pytest.mark.slow
 def test_with_refinement_the_solver_of_the_least_error_is_chosen_and_refined():
     """On Gaussian data, whose ends are known: other noises agree on what is least."""
     options = replace(DIRECT, nfe=(4, 5), refine=True)

@@ -182,6 +182,7 @@ def test_reference_error_against_the_exact_flow(tmp_path):
 # --- batches and processes ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_feature_distance_to_the_exact_ends_of_the_same_noises(tmp_path):
     """Against features of the closed form's images; zero for the fine solution itself."""
     fine, fine_grid = Fine(40, 60, "heun"), edm(60, 0.002, 80)

@@ -113,6 +113,7 @@ for folder, kill, out in json.loads(sys.argv[1]):  # each in a process of its ow
 """
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_alike_and_redoes_no_cell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [("a", 0, "whole"), ("b", 3, "killed"), ("b", 60, "killed"), ("b", 90, "killed"), ("b", 0, "killed"),

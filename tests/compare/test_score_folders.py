@@ -150,6 +150,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("naming", NAMES)
 def test_images_are_paired_by_seed(tmp_path, naming, zipped):
@@ -184,6 +185,7 @@ def test_other_names_are_not_paired_and_said_so(tmp_path, name, reason):
     assert second["fid_images_paired"] is None
 
 
+@pytest.mark.slow
 def test_images_needed_are_those_that_make_the_difference_two_standard_errors(tmp_path):
     """Of folders that differ a little: with as many images as is said, the error is half of the difference."""
     one = pixels(400, 0)

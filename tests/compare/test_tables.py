@@ -76,7 +76,7 @@ def test_plot_is_a_line_for_each_name(tmp_path):
 
 
 def choices(specs, steps, denoiser=DENOISER):
-    return [(name, origin, grid) for name, grid, origin in choose_grids(specs, steps, denoiser)]
+    return [(each.name, each.origin, each.grid) for each in choose_grids(specs, steps, denoiser)]
 
 
 def test_rules_are_those_of_the_denoiser():

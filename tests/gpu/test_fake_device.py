@@ -50,6 +50,7 @@ WORK = {"along": measured(measure_along), "points": measured(measure_profile), "
         **{name: sampled(name) for name in SOLVERS}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORK)
 def test_the_cpus_numbers_without_mixing_and_with_a_bounded_number_of_reads(name):
     found, reads = on_device(WORK[name](12))

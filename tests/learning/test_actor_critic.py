@@ -162,6 +162,7 @@ class Curves(Profile):
         return np.array([[0.5], [1.0], [2.0], [4.0]]) + 3 * (1 - np.clip(sigma, 0, 1)) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("simpson, repeats, sees, arrive", [
     (False, 1, "time", None), (True, 2, "time", 1 / 6), (True, 2, "path", 1 / 6), (True, 2, "state", None),
 ])

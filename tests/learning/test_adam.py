@@ -57,6 +57,7 @@ def test_a_step_leaves_what_it_was_given():
     assert after.count == 4 and after.mean.tolist() == pytest.approx([1.1] * 4)
 
 
+@pytest.mark.slow
 def test_torchs_compiler_is_not_imported():
     code = ("import sys, torch; from art_edm.learning.actor_critic import Moments, adam_step; "
             "change, _ = adam_step(Moments.zero(torch.ones(2)), torch.ones(2)); "

@@ -92,6 +92,7 @@ def costs(path: Trajectory) -> np.ndarray:
     return path.cost.sum(dim=0).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("simpson", [True, False])
 @pytest.mark.parametrize("sees, arrive", [("state", False), ("path", True), ("time", True)])
 def test_cached_and_live_rollouts_are_the_same_process(profile, sees, arrive, simpson):
@@ -152,6 +153,7 @@ def test_live_paths_start_at_the_exact_marginal():
     assert not torch.equal(first, env.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clock", [GaussianClock(80.0, 0.6), EdmClock(80.0), GaussianClock(80.0, 5.0)])
 def test_cost_of_unit_speed_is_the_profiles(profile, clock):
     schedule = clock.sigma(np.linspace(0, 1, 8193))
@@ -209,6 +211,7 @@ class Flat(EdmClock):
         return np.ones_like(np.asarray(s, np.float64))
 
 
+@pytest.mark.slow
 def test_cost_does_not_depend_on_the_base_clock(profile):
     steps = 1024
     values = EdmClock(80.0).sigma(np.linspace(0, 1, steps + 1))  # one psi(t), in several clocks

@@ -63,6 +63,7 @@ def whole() -> dict:
     return {name: bits(train(gaussian(), config)) for name, config in CONFIGS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_seed_same_bytes(name, whole):
     assert bits(train(gaussian(), CONFIGS[name])) == whole[name]
@@ -95,6 +96,7 @@ def killed_at(iteration: int):
     return kill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_continued_after_any_iteration_gives_the_same_bits(name, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)  # after every iteration
@@ -294,6 +296,7 @@ class Failing(GaussianDenoiser):
         return denoised
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [3, 8, 9, 200, 500, 800])
 def test_failing_network_leaves_a_checkpoint_from_which_a_good_one_goes_on(calls, whole, tmp_path):
     """Calls: one for each of 8 points of the profile, then 34 for each of 4 noises in each iteration."""

@@ -53,6 +53,7 @@ def excess(profile: Profile, reference: Profile) -> float:
     return reference.cost(profile.direct(4096).values) / reference.optimum - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIELDS)
 def test_schedules_and_optimum_against_the_oracle(name, monkeypatch):
     reference, (model, z, clock) = oracle(name), setting(name)
@@ -71,6 +72,7 @@ def test_schedules_and_optimum_against_the_oracle(name, monkeypatch):
     assert excess(lagging, reference) > 10 * abs(excess(coarse, reference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["isotropic", "anisotropic", "mixture"])
 def test_curvature_of_each_trajectory(name):
     """Per trajectory, from sigma_max down to where the clock's steps are fine."""

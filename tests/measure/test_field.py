@@ -236,6 +236,7 @@ print(before == state(), inside, before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="a torch without the newer switches")
 @pytest.mark.parametrize("host", [
     "backends.cuda.matmul.fp32_precision = 'tf32'", "backends.fp32_precision = 'tf32'",

@@ -93,6 +93,7 @@ def test_few_levels_and_unknown_solvers_are_refused():
         train(denoiser(), live(PRESETS["default"].changed(solver="heun")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver, bound", [("heun", 1.05), ("rk4", 1.15)])
 def test_art_rl_reaches_the_optimum_of_its_solver(solver, bound):
     """In a third of the default's iterations, most of the way from the base clock to J* of the order's objective."""

@@ -58,6 +58,7 @@ def test_the_cost_is_theta_to_the_order_plus_one(order):
         assert curved.cost(np.append(TOP, s)) > curved.optimum
 
 
+@pytest.mark.slow
 def test_the_expected_excess_is_that_of_many_draws():
     """log |Q| off by independent noise: the excess of M trajectories' optimum, judged by the truth and by itself."""
     rng, count, spread = np.random.default_rng(1), 8, 0.5

@@ -146,6 +146,7 @@ def empirical() -> EmpiricalDenoiser:
     return EmpiricalDenoiser((centres.repeat(4, 1, 1, 1) + 0.4 * near).clamp(-1, 1))
 
 
+@pytest.mark.slow
 def test_many_trajectories_where_few_do_not_agree(empirical, monkeypatch):
     """Of three draws of noise; which ones decides by how much many short trajectories win."""
     def drawn_by(seed):

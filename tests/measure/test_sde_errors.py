@@ -69,6 +69,7 @@ def test_ends_have_the_spread_of_the_recursion(beta, step):
     assert min(abs(found - other) for other in weak.values()) > 0.015
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta, step", SETTINGS)
 def test_grids_share_the_brownian_motion_of_a_path(beta, step):
     """The distance of a coarse run to a fine one, of the same motion, is that of the joint recursion."""
@@ -102,6 +103,7 @@ def linear(levels: np.ndarray, beta: float, step: str) -> np.ndarray:
     return np.stack([whole, small])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta, step, error", [
     (1.0, "ancestral", "strong"), (0.5, "ancestral", "strong"), (1.0, "euler", "strong"), (1.0, "ancestral", "weak"),
 ])
@@ -137,6 +139,7 @@ def test_the_laws_of_short_steps():
         np.testing.assert_allclose(profile.norms(sigma).mean(axis=0), expected, rtol=0.08)
 
 
+@pytest.mark.slow
 def test_growth_is_how_the_sde_forgets():
     net, stride, points = GaussianDenoiser(0.0, V, (1, 8, 8)), 4, 200
     local = measure_stochastic(net, draw(10), clock(), points, errors=SdeErrors(stride=stride, tracers=0))

@@ -173,6 +173,7 @@ def test_blocks_are_pooled_group_by_group_or_as_they_are():
     assert np.mean([fid(block) for block in blocks]) > 1.05 * fid(f)  # the twin: fewer images have another bias
 
 
+@pytest.mark.slow
 def test_a_distance_between_images_of_the_same_noises_is_known_better_than_one_to_others():
     """A small shift of every image: its standard error by leaving out pairs is that of repetitions."""
     rng, paired, alone, values = np.random.default_rng(5), [], [], []

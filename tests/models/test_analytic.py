@@ -105,6 +105,7 @@ def test_drift_points_down_the_noise(build, sigma):
     assert float((drift + sigma * model.score(x, sigma)).abs().max()) > 0.1  # twin: the other sign
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("sigma", [0.4, 0.8, 3.0, 75.0])
 def test_surrogate_is_the_total_derivative_of_the_drift(build, sigma):

@@ -241,6 +241,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 @pytest.mark.parametrize("load", [load_network_pickle, load_data])
 def test_bombs(name, load, folder):

@@ -197,6 +197,7 @@ DEEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEEP)
 def test_a_million_levels_neither_pass_nor_crash(name):
     start = time.process_time()

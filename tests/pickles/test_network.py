@@ -261,6 +261,7 @@ def checkout(tmp_path):
     return tmp_path / "checkouts"
 
 
+@pytest.mark.slow
 def test_a_trusted_pickle_is_run_as_upstream_does(tmp_path, checkout):
     raw = dumps(lambda c: {"encoder": c["StandardRGBEncoder"](), "ema": c["Net"]()}, protocol=2)
     path = tmp_path / "n.pkl"
@@ -272,6 +273,7 @@ def test_a_trusted_pickle_is_run_as_upstream_does(tmp_path, checkout):
         assert "python tools/patch_upstream.py" in run_python(TRUST, path, cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_a_trusted_pickle_from_a_gpu_comes_to_the_cpu(tmp_path, checkout):
     net = dumps(lambda c: {"ema": c["Net"](), "encoder": c["StandardRGBEncoder"]()}, protocol=4)
     path = tmp_path / "n.pkl"
@@ -285,6 +287,7 @@ def test_a_trusted_pickle_from_a_gpu_comes_to_the_cpu(tmp_path, checkout):
             plain_loads(moved)
 
 
+@pytest.mark.slow
 def test_errors_of_a_trusted_pickle_are_one_line(tmp_path, checkout):
     path = tmp_path / "n.pkl"
     for content, match in ((pickle.dumps({"a": 1}), "without a network"), (b"hello", "could not be unpickled"),

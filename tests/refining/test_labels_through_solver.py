@@ -70,6 +70,7 @@ def test_refined_with_the_labels_of_the_noises():
     assert result.error_after.mean < result.error_before.mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(3))
 def test_one_class_is_as_a_model_of_it(index):
     """With the class fixed, every grid is that of the same data without labels, and of no other class."""

@@ -72,12 +72,14 @@ def test_without_the_secant_it_is_slower(monkeypatch):
     assert learned < 0.96 * trained(6)
 
 
+@pytest.mark.slow
 def test_without_reweighting_the_least_mean_error_is_not_found(monkeypatch):
     original, best = descent.model, trained(12)
     monkeypatch.setattr(descent, "model", lambda errors, *a: original(np.full_like(errors, errors.mean()), *a))
     assert best < 0.99 * trained(12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_gains_on_fresh_noises(solver):
     model, first = mixture(), start()

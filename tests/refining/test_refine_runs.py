@@ -94,6 +94,7 @@ def kept(folder, **more):
     return pairs(store=Store(folder), identity="it", **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, *(RANDOM.random() for _ in range(19))])
 def test_killed_at_any_of_20_moments_it_ends_alike_and_loses_one_batch(share, whole, tmp_path):
     model = disturbed("kill", int(share * whole[2]))
@@ -130,6 +131,7 @@ def test_killed_again_and_again_it_gets_there(whole, tmp_path):
     assert found == whole and 9 <= lives <= 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flipped", "another's"])
 def test_damaged_entries_cost_time_alone(whole, tmp_path, damage):
     refine(mixture(), start(), "heun", SHORT, kept(tmp_path))
@@ -168,6 +170,7 @@ def test_two_runs_at_once_in_one_folder_and_one_removes_it(whole, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_ctrl_c_says_what_is_kept(share, whole, tmp_path):
     model = disturbed("signal", int(share * whole[2]))
@@ -245,6 +248,7 @@ def test_one_step_has_nothing_to_refine():
     assert result.grid == Grid([20.0, 0.0]) and result.error_after == result.error_before and len(result.history) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_change_nothing_and_any_number_goes_on(size, tmp_path):
     """Each writes entries of its own; one process goes on with what all had."""

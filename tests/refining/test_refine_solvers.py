@@ -31,6 +31,7 @@ def mean_error(model, grid, noises, solver):
     return float(rms(sample(model, noises.latents, grid, solver) - noises.ends).mean())
 
 
+@pytest.mark.slow
 def test_the_solver_that_ends_nearest_on_validation_noises_is_refined():
     model, noises = mixture(), draw_noises(mixture(), SHORTER, 20.0, eights())
     before = model.evaluations
@@ -58,6 +59,7 @@ def test_one_of_several_is_not_always_the_first():
         assert found.results[3].settings["solver"] == "clock"
 
 
+@pytest.mark.slow
 def test_a_choice_is_continued_from_the_store(tmp_path, monkeypatch):
     """Ended in the refinement, it goes on with the same result and figures, and evaluates nothing that it had."""
     go = lambda model: refine_grids(model, GRIDS, SHORTER, eights(store=Store(tmp_path), identity="it"))

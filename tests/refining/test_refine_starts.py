@@ -113,6 +113,7 @@ def test_between_is_between_the_given_grid_and_the_best_step(images, monkeypatch
     assert result.share == min(total, key=total.get)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_share_the_starts_and_what_lies_between(images, size):
     config = replace(TAILS, seed=4)
@@ -128,6 +129,7 @@ def test_processes_share_the_starts_and_what_lies_between(images, size):
     assert every == [work(ALONE)] * size and every[0][0][2] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp2m", "ipndm"])
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_returned_that_validation_finds_worse(images, solver, seed):

@@ -47,6 +47,7 @@ def exact_jacobian(solver, levels=LEVELS):
     return jacobian.flatten(1, 3).transpose(1, 2), (end(inner) - noises.ends).flatten(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_differences_are_those_of_autograd(solver):
     job = runs_of(solver)
@@ -58,6 +59,7 @@ def test_differences_are_those_of_autograd(solver):
     assert jtr == pytest.approx((jacobian @ residual[:, :, None] / d)[:, :, 0].numpy(), rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["dpmpp2m", "ipndm2", "ipndm", "clock"])
 def test_a_multistep_solver_needs_its_past(solver, monkeypatch):
     job = runs_of(solver)
@@ -69,6 +71,7 @@ def test_a_multistep_solver_needs_its_past(solver, monkeypatch):
     assert np.abs(wrong - right).max() > 0.1 * np.abs(right).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_restart_gives_the_bits_of_a_full_run_at_the_expected_cost(solver):
     job, step = runs_of(solver, batch=COUNT), 0.01
@@ -101,6 +104,7 @@ def whole_differences(solver, levels=LEVELS, step=1e-5):
     return (torch.stack(columns, dim=1) @ residual[:, :, None] / residual.shape[1])[:, :, 0].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["clock", "clock-denoised", "unipc", "deis"])
 def test_a_move_changes_the_weights_of_steps_before_it(solver, monkeypatch):
     """The learned clock runs through all levels: a step's weights know the level after its end."""

@@ -254,6 +254,7 @@ def test_a_killed_download_is_continued(server, number):
     assert server.asked[1].headers["Range"] == f"bytes={HALF}-" and server.asked[1].sent == len(CONTENT) - HALF
 
 
+@pytest.mark.slow
 def test_two_processes_ask_once(server):
     url = server.on("/net.pkl", whole(CONTENT, delay=1.5))
     processes = [start(url) for _ in range(2)]

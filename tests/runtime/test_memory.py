@@ -44,6 +44,7 @@ def torch_error() -> RuntimeError:
 # --- what is in use ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_peak_counts_what_lives_at_once():
     def keep():
         a = torch.zeros(MIB)  # 4 MiB

@@ -63,6 +63,7 @@ def on(clock):
     return lambda count: CLOCKS[clock](torch.linspace(0, 1, count + 1, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clock", CLOCKS)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_order_of_convergence(solver, clock):
@@ -108,6 +109,7 @@ def mixture():
     return path, slope
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_order_for_a_mixture(mixture, solver):
     found = fitted_order(on("rho 7"), solver, *mixture, counts=(97, 193, 385) if solver == "unipc" else (49, 97, 193))
@@ -366,6 +368,7 @@ def test_how_much_of_the_past_is_kept():
     assert {name: solver.past for name, solver in MULTISTEP.items()} == keeps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_gradients_with_respect_to_levels_state_and_past(solver):
     sigma = uneven(8).requires_grad_()

@@ -127,6 +127,7 @@ def test_a_command_of_python_without_a_solver():
     assert seen == {"num_steps": 3}
 
 
+@pytest.mark.slow
 def test_naming_a_solver_loads_nothing_more():
     code = """
 import sys, art_edm.upstream as upstream

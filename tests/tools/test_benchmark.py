@@ -228,6 +228,7 @@ def test_bars_are_those_of_the_table():
     assert table({}) == []
 
 
+@pytest.mark.slow
 def test_starting_is_quick(tmp_path):
     found = start_up(ROOT / "tools" / "train_schedule.py")
     assert 0 < found["upstream"] < BARS["upstream"] and 0 <= found["help"] < BARS["help"]

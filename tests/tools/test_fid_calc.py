@@ -133,6 +133,7 @@ def test_a_set_against_itself(work):
     assert fid_of(work, "--ref=b.pkl")["fid"] == fid_of(work)["fid"]
 
 
+@pytest.mark.slow
 def test_the_lenet_fid_of_mnist(tmp_path, mnist_folder):
     lenet, exact = load_classifier(LeNet), []
     for split, num in (("train", 2500), ("test", 2100)):
@@ -159,6 +160,7 @@ def torchrun(work, processes, *args):
     return subprocess.run(call, cwd=work, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_change_nothing(work, processes):
     done = torchrun(work, processes, "--images=a", "--metrics=fid,is", "--out=many.json")
@@ -169,6 +171,7 @@ def test_processes_change_nothing(work, processes):
     assert many["processes"] == processes and done.stdout.count("\n") == 2  # printed once
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all_with_one_line(work):
     bad = work / "bad"
     bad.mkdir()

@@ -181,6 +181,7 @@ def started(args, size, **environment):
             for rank in range(size)]
 
 
+@pytest.mark.slow
 def test_processes_give_the_same(run):
     args = ["--grid=edm", "--steps=5", "--batch=7", "--reference-error", "--error-noises=9", "--error-steps=10"]
     assert run(*GEN, *args, "--out=1.json").exit_code == 0
@@ -244,6 +245,7 @@ def test_compare_refuses(run):
 # --- LeNet on MNIST ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lenet_fid_of_the_bundled_network(run, mnist_folder):
     result = run("gen", "--network=mnist", "--grid=edm,edm-unpinned", "--steps=5", "--num=80", "--ref=mnist:test",
                  f"--data={mnist_folder}", "--detector=lenet", "--cache=cells", "--out=t.json", "--device=cpu")

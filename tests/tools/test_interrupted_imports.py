@@ -32,6 +32,7 @@ def interrupted(tmp_path, *command):
     return process.wait(30), process.communicate()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split(".")[0])
 def test_one_line(tmp_path, command):
     name, *arguments = command.split()

@@ -259,12 +259,14 @@ def process(folder, *args):
                           capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.slow
 def test_as_a_process_from_another_folder(tmp_path):
     done = process(tmp_path, "edm", "--steps=3", "--out=g.npy")
     assert (done.returncode, done.stderr) == (0, "") and files(tmp_path) == ["g.json", "g.npy"]
     assert load_grid(tmp_path / "g.npy") == edm(3, 0.002, 80)
 
 
+@pytest.mark.slow
 def test_a_mistake_as_a_process(tmp_path):
     done = process(tmp_path, "edm", "--steps=0", "--out=g.npy")
     assert (done.returncode, done.stdout) == (2, "") and files(tmp_path) == []

@@ -59,6 +59,7 @@ def bits(result):
     return learned.mean.tobytes(), learned.grid(18).values.tobytes(), result.profile.norm.tobytes(), result.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollout", ["cached", "live"])
 def test_the_same_bytes_whatever_the_clocks_show(jump, tmp_path, rollout):
     config = CONFIG.changed(rollout=rollout)

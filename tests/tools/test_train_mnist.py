@@ -18,7 +18,7 @@ import pytest
 import torch
 import train_mnist as tool
 from click.testing import CliRunner
-from networks import classifier, options
+from networks import classifier, config, options
 from networks import command as training
 from networks.classifier import accuracy
 from PIL import Image
@@ -108,6 +108,7 @@ def assert_refused(result, *parts):
 # --- going on from earlier weights -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_start_goes_on_from_the_weights_of_a_folder(done, data, tmp_path):
     """A rate of next to nothing leaves them as they are; an ordinary one does not."""
     for name, rate in (("still", "1e-12"), ("moved", "2e-3")):
@@ -280,7 +281,7 @@ def test_other_settings_are_refused_before_any_work(copy, data, monkeypatch):
 
 @pytest.mark.parametrize("snapshots, steps", [(0, 250), (2500, 250), (100, 100), (750, 250), (300, 150), (7, 7)])
 def test_checkpoints_fall_on_snapshots(snapshots, steps):
-    assert options.save_every(snapshots) == steps and snapshots % steps == 0
+    assert config.save_every(snapshots) == steps and snapshots % steps == 0
 
 
 def test_coarse_losses():

@@ -49,6 +49,7 @@ def stopped_in(owner, name: str, number: int = signal.SIGINT):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["heun", "dpmpp2m", "clock"])
 def test_the_refined_grid_is_better_for_its_solver(run, solver):
     assert run(*DIRECT, "--steps=5", "--out=plain.npy").exit_code == 0
@@ -64,6 +65,7 @@ def test_the_refined_grid_is_better_for_its_solver(run, solver):
     assert sorted(os.listdir()) == ["plain.json", "plain.npy", "refined.json", "refined.npy"]  # no state is left
 
 
+@pytest.mark.slow
 def test_it_may_start_from_the_clock_of_the_solver_s_own_errors(run):
     """Heun in three steps on Gaussian data; the other clock is learned once, counted, and leaves no state."""
     result = run(*DIRECT, "--steps=3,4", "--out=g{steps}.npy", "--refine")
@@ -82,6 +84,7 @@ def test_it_may_start_from_the_clock_of_the_solver_s_own_errors(run):
     assert "start" not in record["evaluations_by_stage"]
 
 
+@pytest.mark.slow
 def test_what_was_learned_survives_a_stop_in_the_other_clock(run):
     options = ("--network=gaussian:0.5", "--method=direct", "--steps=3", "--refine", "--quiet")
     assert run(*options, "--out=whole.npy").exit_code == 0
@@ -94,6 +97,7 @@ def test_what_was_learned_survives_a_stop_in_the_other_clock(run):
     assert sorted(os.listdir()) == ["g.json", "g.npy", "whole.json", "whole.npy"]
 
 
+@pytest.mark.slow
 def test_several_share_their_noises_and_say_what_was_gained(run):
     result = run(*DIRECT[:-1], "--steps=3,4", "--out=g{steps}.npy", "--refine")
     assert result.exit_code == 0, result.stderr

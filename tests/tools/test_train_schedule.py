@@ -99,6 +99,7 @@ def test_direct_writes_the_optimum(run):
     assert record["J_over_J_star"] == pytest.approx(1, abs=1e-4) and record["terminal_error"] is None
 
 
+@pytest.mark.slow
 def test_seed_decides_the_bytes(run):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert run("--network=gaussian:0.5", "--steps=6", f"--out={name}.npy", f"--seed={seed}", *SMALL).exit_code == 0
@@ -106,6 +107,7 @@ def test_seed_decides_the_bytes(run):
     assert a == b and a != c
 
 
+@pytest.mark.slow
 def test_weight_file_by_path_and_plot(run, network):
     pytest.importorskip("matplotlib")
     result = run(f"--network={network}", "--steps=4", "--plot", *SMALL)
@@ -125,6 +127,7 @@ def test_paper_preset_runs_once_for_each_number_of_steps(run):
         assert record["evaluations_by_stage"] == {"step": 0, "profile": 4 * 85, "rl": 8 * k * 3}  # of one path
 
 
+@pytest.mark.slow
 def test_evaluations_in_place_of_steps(run):
     """Names, the line that says what was chosen and why, and the solver that generate.py reads."""
     result = run("--network=gaussian:0.5", "--nfe=4,6", *SMALL[:2])
@@ -210,6 +213,7 @@ def test_folder_that_cannot_be_written(run, monkeypatch):
     refused(run("--network=oned", "--out=g.npy"), "cannot write g.npy: Permission denied; choose another --out")
 
 
+@pytest.mark.slow
 def test_network_that_returns_nan_names_the_level_and_keeps_what_was_learned(run, monkeypatch):
     from art_edm.models.analytic import GaussianDenoiser
 
@@ -299,6 +303,7 @@ def uninterrupted(tmp_path_factory):
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "iteration", "more"), [
     (signal.SIGKILL, 14, ()), (signal.SIGTERM, 7, ("--resume",)), (signal.SIGINT, 2, ()),
 ])

@@ -99,6 +99,7 @@ def flat_images(count, rng):
     return (0.5 * torch.randn(count, 1, 1, 1, generator=rng)).expand(count, 1, 4, 4).contiguous()
 
 
+@pytest.mark.slow
 def test_training_approaches_the_closed_form(tmp_path, monkeypatch):
     """For flat images D(x; sigma) = mean(x) s^2 / (s^2 + sigma^2 / 16): averaging all pixels, not each for itself."""
     monkeypatch.setattr(pretrain, "ScoreUNet", lambda **build: ScoreUNet(**build, emb=16))
@@ -137,6 +138,7 @@ def stop_at(monkeypatch, iteration, number=signal.SIGTERM):
     monkeypatch.setattr(pretrain, "_step", step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iteration", [1, 5])
 def test_a_resumed_run_is_bit_identical(whole, tmp_path, monkeypatch, iteration):
     path = tmp_path / "score.ckpt"

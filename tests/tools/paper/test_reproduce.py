@@ -92,6 +92,7 @@ def test_w2_from_samples_is_the_noise_free_error_with_more_spread(lab):
     assert not np.array_equal(found, _measure(one_dimensional(), grid, 20_000, 4, replace(lab, seed=1)))
 
 
+@pytest.mark.slow
 def test_table_1_end_to_end(lab):
     result = run_oned(replace(TABLES["table1"], num=2000, steps=(2, 10)), lab)
     assert result.nfe == result.steps == [2, 10] and set(result.paper) == {"uniform", "dpm", "edm", "art_rl"}
