@@ -40,7 +40,7 @@ def test_what_is_installed_without_a_record_is_not_judged(monkeypatch):
         raise cli.PackageNotFoundError(name)
 
     monkeypatch.setattr(cli, "version", absent)
-    cli.check_versions()
+    assert cli.check_versions() is None
 
 
 @pytest.mark.parametrize("argument, expected", [
