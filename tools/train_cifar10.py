@@ -32,8 +32,8 @@ CIFAR10 = DataSet(
     name="cifar10", load=load, judge_name="ResNet", fid="CIFAR-FID", expected_accuracy=0.9, snapshots=1000,
     data_help="Folder or .tar archive of train/CLASS/*.jpg and test/CLASS/*.jpg (or .png); required.",
     note="CIFAR-10 as found in --data; from JPEG files it is slightly lossy",
-    score=ScoreConfig(iterations=80_000, batch=32, learning_rate=1e-3, warmup=200, sigma_mean=-1.2, sigma_std=1.2,
-                      bfloat16=False, flips=True, rate_steps=5000, width=64, deep_width=192),
+    score=ScoreConfig(iterations=40_000, batch=64, learning_rate=2e-3, warmup=200, sigma_mean=-1.2, sigma_std=1.2,
+                      bfloat16=False, flips=True, rate_steps=3000, width=48, deep_width=96),
     judge_config=ClassifierConfig(iterations=1950, batch=256, learning_rate=3e-3, weight_decay=0.05, smoothing=0.1,
                                   shift=2),
 )
