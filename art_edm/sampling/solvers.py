@@ -174,7 +174,7 @@ def integrate(
 
     Args:
         slope: the field, as from `slope_of`.
-        x: state where the first of `steps` begins, [B, C, H, W] float64.
+        x: state where the first of `steps` begins, [B, C, H, W]; all is computed in its type, float64 in `sample`.
         sigma: levels [n + 1] of the grid, strictly descending; weights are computed from all of them.
         solver: a name in `SOLVERS`, or an entry of one's own.
         past: what an earlier call with the same solver returned; () starts anew.
@@ -199,7 +199,7 @@ def integrate(
 def slope_of(
     denoiser: Denoiser, class_labels: Optional[torch.Tensor] = None, check: Optional[FiniteCheck] = None
 ) -> Slope:
-    """dx/dsigma of a denoiser, for class_labels one-hot [B, label_dim] or None; float64 in and out.
+    """dx/dsigma of a denoiser, for class_labels one-hot [B, label_dim] or None; its result has the type of x.
 
     What it returns raises NonFiniteOutput where the denoiser returned NaN or infinity: at once, or when the caller
     settles the `check` it gave.
@@ -207,7 +207,7 @@ def slope_of(
     check = check or FiniteCheck(denoiser.device, deferred=False)
 
     def slope(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        denoised = check.see(denoiser(x, sigma, class_labels).to(torch.float64), sigma)
+        denoised = check.see(denoiser(x, sigma, class_labels).to(x.dtype), sigma)
         return (x - denoised) / sigma
 
     return slope

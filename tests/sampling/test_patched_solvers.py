@@ -1,4 +1,4 @@
-"""--solver=NAME on a grid in NVlabs' patched scripts, every version: the samples are those of our `sample`."""
+"""--solver=NAME on a grid in NVlabs' patched scripts, every version: the samples have the bits of our own sampler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from art_edm.grids.grid import Grid, save_grid
 from art_edm.models.loading import load_network
 from art_edm.sampling.noise import noise_and_labels
-from art_edm.sampling.solvers import SOLVERS, sample
+from art_edm.sampling.solvers import SOLVERS, integrate, sample, slope_of
 from tests.support.patched import COMMITS, make_networks, of, script_pairs
 from tests.support.shim import run_jobs
 from tests.support.upstream import upstream
@@ -75,7 +75,9 @@ def records(folder):
             add("no grid", nets[0], "--solver=dpmpp2m")
             add("churn", nets[0], f"--schedule={folder}/grid.npy", "--solver=ipndm", "--S_churn=40")
             add("help", nets[0], "--help")
-            for title, solver, grid in [("theirs", "", GRID), ("ours", "grid_solver='heun'", GRID),
+            double = [(f"double {solver}", f"grid_solver='{solver}', dtype=torch.float64", GRID)
+                      for solver in (NEW if name == "edm2" else ())]  # EDM's sampler has no other type
+            for title, solver, grid in [("theirs", "", GRID), ("ours", "grid_solver='heun'", GRID), *double,
                                         ("api no grid", "grid_solver='heun'", None),
                                         ("api churn", "grid_solver='heun', S_churn=4", GRID)]:
                 jobs[f"{commit} {title}"] = from_python(script, folder, name, solver, grid)
@@ -87,27 +89,36 @@ def distance(x, y):
     return float((x - y).abs().max() / y.abs().max())
 
 
-def check(record, network, solver, bar):
-    """The script's samples are those of `sample`, and of that solver alone."""
-    assert record["exit_code"] == 0, record["output"]
-    assert record["sampler"] == ["edm_sampler"] and len(record["t_steps"]) == 7
+def ours(network, solver, dtype):
+    """Our own sampler from the same seeds, all of it in one type."""
     noise, labels = noise_and_labels(network.denoiser, 0, range(3))
-    assert distance(sample(network.denoiser, noise, GRID, solver, labels), record["samples"]) <= bar
+    with torch.no_grad():
+        if dtype == torch.float64:
+            return sample(network.denoiser, noise, GRID, solver, labels)
+        sigma = torch.tensor(GRID.values, dtype=dtype)
+        return integrate(slope_of(network.denoiser, labels), noise.to(dtype) * sigma[0], sigma, solver)[0]
+
+
+def check(record, network, solver, dtype):
+    """The script's samples have the bits of ours with that solver, and are far from those with another."""
+    assert record["exit_code"] in (0, None), record["output"]  # None: called from Python
+    assert record["sampler"] == ["edm_sampler"] and len(record["t_steps"]) == 7
+    assert record["samples"].dtype == dtype and torch.equal(ours(network, solver, dtype), record["samples"])
     for other in ("heun", *NEW):
         if other != solver:
-            assert distance(sample(network.denoiser, noise, GRID, other, labels), record["samples"]) > 10 * bar
+            assert distance(ours(network, other, dtype), record["samples"]) > 1e-4
 
 
 @EDM
 @pytest.mark.parametrize("solver", NEW)
 def test_edm(records, folder, commit, solver):
-    check(of(records, commit, f"edm {solver}"), load_network(f"{folder}/edm.pkl"), solver, 1e-10)
+    check(of(records, commit, f"edm {solver}"), load_network(f"{folder}/edm.pkl"), solver, torch.float64)
 
 
 @EDM
 @pytest.mark.parametrize("solver", ["dpmpp2m", "clock"])
 def test_edm_on_a_network_that_rounds_its_levels(records, folder, commit, solver):
-    check(of(records, commit, f"iddpm {solver}"), load_network(f"{folder}/iddpm.pkl"), solver, 1e-10)
+    check(of(records, commit, f"iddpm {solver}"), load_network(f"{folder}/iddpm.pkl"), solver, torch.float64)
 
 
 @pytest.mark.parametrize("solver", NEW)
@@ -115,25 +126,30 @@ def test_edm2_guided(records, folder, solver):
     """The newest script, whose guiding network gets the labels, as ours does."""
     network = load_network(f"{folder}/main.pkl", gnet=f"{folder}/guiding.pkl", guidance=2.0)
     record = of(records, COMMITS["edm2"][0], f"guided {solver}")
-    check(record, network, solver, 1e-5)
-    assert record["samples"].dtype == torch.float32
+    check(record, network, solver, torch.float32)
     assert distance(of(records, COMMITS["edm2"][0], f"main {'clock' if solver == 'clock' else 'dpmpp2m'}")["samples"],
                     record["samples"]) > 1e-2
+
+
+@pytest.mark.parametrize("solver", NEW)
+def test_edm2_guided_in_float64(records, folder, solver):
+    """What its sampler computes in when Python asks for it."""
+    network = load_network(f"{folder}/main.pkl", gnet=f"{folder}/guiding.pkl", guidance=2.0)
+    check(of(records, COMMITS["edm2"][0], f"double {solver}"), network, solver, torch.float64)
 
 
 @EDM2
 @pytest.mark.parametrize("solver", ["dpmpp2m", "clock"])
 def test_edm2_plain(records, folder, commit, solver):
-    check(of(records, commit, f"main {solver}"), load_network(f"{folder}/main.pkl"), solver, 1e-5)
+    check(of(records, commit, f"main {solver}"), load_network(f"{folder}/main.pkl"), solver, torch.float32)
 
 
-@pytest.mark.parametrize("commit, bar", [*((commit, 1e-12) for commit in COMMITS["edm"]),
-                                         *((commit, 1e-5) for commit in COMMITS["edm2"])])
-def test_our_heun_is_theirs(records, commit, bar):
+@pytest.mark.parametrize("commit", [*COMMITS["edm"], *COMMITS["edm2"]])
+def test_our_heun_is_theirs(records, commit):
     """In every version, with its own guidance in EDM2: noise, labels, levels and denoiser reach our solvers."""
     theirs, ours = of(records, commit, "theirs", "ours")
     assert theirs["exit_code"] is None and ours["exit_code"] is None, ours["output"]
-    assert distance(ours["samples"], theirs["samples"]) <= bar and ours["samples"].dtype == theirs["samples"].dtype
+    assert torch.equal(ours["samples"], theirs["samples"]) and ours["samples"].dtype == theirs["samples"].dtype
     euler = of(records, commit, "euler")
     assert euler["exit_code"] == 0 and distance(euler["samples"], theirs["samples"]) > 1e-3
 
