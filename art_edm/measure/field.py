@@ -14,16 +14,16 @@ Differencing D and not F avoids the cancellation of x: at sigma = 80, x is a hun
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 
 from art_edm.models.denoiser import Denoiser
 from art_edm.runtime.errors import NonFiniteOutput
+from art_edm.runtime.precision import full_precision
 
 __all__ = [
-    "DIFFERENCE_STEP", "STEPS", "Surrogate", "choose_step", "drift", "evaluate", "full_precision", "rms", "surrogate",
+    "DIFFERENCE_STEP", "STEPS", "Surrogate", "choose_step", "drift", "evaluate", "rms", "surrogate",
 ]
 
 # Relative steps h of the central difference. The truncation error falls as h^2, the rounding error of a
@@ -32,7 +32,6 @@ __all__ = [
 STEPS = (0.01, 0.003, 0.001)
 DIFFERENCE_STEP = STEPS[0]
 See = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # looks at what a denoiser returned, and passes it on
-AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu")  # kinds of devices on which a host program may have it on
 AGREEMENT = 5e-3  # with the next smaller step: what is left of the error is a tenth of it
 
 
@@ -42,35 +41,6 @@ class Surrogate(NamedTuple):
     denoised: torch.Tensor  # D(x; sigma), [B, C, H, W]
     slope: torch.Tensor  # dD/dsigma along the path, [B, C, H, W]
     norm: torch.Tensor  # |Q|, [B]
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Turn TF32 and autocast off: TF32's error of 1e-3 would be 10 % of a difference over 0.01 sigma.
-
-    Whatever the host program has set, by torch's older or newer switches, is as it was afterwards.
-    """
-    with ExitStack() as stack:
-        for owner, name, off, before in _switches():
-            stack.callback(setattr, owner, name, before)
-            setattr(owner, name, off)
-        for kind in AUTOCAST:
-            with suppress(RuntimeError):  # a kind that this torch does not know
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def _switches() -> List[Tuple[Any, str, Any, Any]]:
-    """(owner, name, value that turns TF32 off, value now) of the older switches, and the newer where torch has them."""
-    backends, found = torch.backends, []
-    for owner in (backends.cuda.matmul, backends.cudnn):
-        with suppress(RuntimeError):  # once a newer one was used, torch refuses to read the older
-            found.append((owner, "allow_tf32", False, owner.allow_tf32))
-    if hasattr(backends, "fp32_precision"):
-        for owner in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
-            now = owner.fp32_precision
-            found.append((owner, "fp32_precision", "ieee", "none" if now == backends.fp32_precision else now))
-    return found
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from art_edm.metrics.image_folders import ImageSet
 from art_edm.metrics.metric import FeatureError, Metric, Scale
 from art_edm.metrics.standard_errors import GROUPS, groups_of
 from art_edm.runtime.distributed import World
+from art_edm.runtime.precision import without_autocast
 from art_edm.runtime.progress import Progress
 
 __all__ = ["Accumulators", "Panel", "check_finite", "measure_images"]
@@ -59,6 +60,7 @@ class Panel:
         groups = (_FEW_GROUPS if blocks == 1 else 1) if wide else GROUPS
         return groups if num >= 2 * groups else 1
 
+    @without_autocast()
     def outputs(self, pixels: torch.Tensor, labels: Sequence[str]) -> Dict[str, torch.Tensor]:
         """Metric -> what it is given of images uint8 [b, C, H, W]; each detector runs once where it can.
 

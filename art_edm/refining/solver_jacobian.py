@@ -23,8 +23,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 
-from art_edm.measure.field import full_precision, rms
+from art_edm.measure.field import rms
 from art_edm.refining.stage import Stage
+from art_edm.runtime.precision import full_precision
 from art_edm.sampling.solvers import SOLVERS, Past, Slope, integrate, slope_of
 
 __all__ = ["Noises", "Run", "SolverRuns", "solve_ends"]

@@ -24,6 +24,7 @@ import torch
 from art_edm.grids.grid import Grid
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.evaluate import FiniteCheck
+from art_edm.runtime.precision import full_precision
 from art_edm.sampling.noise import seeded_generator
 from art_edm.sampling.solvers import supported
 
@@ -46,6 +47,7 @@ SEED_0 = Brownian()
 
 
 @torch.no_grad()
+@full_precision()
 def sample_sde(
     denoiser: Denoiser, latents: torch.Tensor, grid: Grid, beta: float = 1.0, step: str = "ancestral",
     class_labels: Optional[torch.Tensor] = None, brownian: Brownian = SEED_0,

@@ -25,6 +25,7 @@ import torch
 from art_edm.grids.grid import SIGMA_SLACK, Grid, check_distinct, check_range
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.evaluate import FiniteCheck
+from art_edm.runtime.precision import full_precision
 from art_edm.sampling import multistep
 from art_edm.sampling.multistep import Past, Rule, Slope, Step, denoised_step, limited, slopes_step
 
@@ -128,11 +129,12 @@ def _entry(solver: Union[str, Solver]) -> Solver:
 
 
 @torch.no_grad()
+@full_precision()
 def sample(
     denoiser: Denoiser, latents: torch.Tensor, grid: Grid, solver: Union[str, Solver] = "heun",
     class_labels: Optional[torch.Tensor] = None, on_step: Optional[OnStep] = None, batch: Optional[int] = None,
 ) -> torch.Tensor:
-    """Carry unit noise from the grid's first noise level to 0.
+    """Carry unit noise from the grid's first noise level to 0, in full precision whatever the caller has switched on.
 
     Args:
         denoiser: the model; its `initial` turns the noise into the state at the first level.

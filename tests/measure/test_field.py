@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from typing import Optional
 
 import pytest
@@ -17,7 +15,6 @@ from art_edm.measure.field import (
     choose_step,
     drift,
     evaluate,
-    full_precision,
     rms,
     surrogate,
 )
@@ -25,6 +22,7 @@ from art_edm.models.analytic import EmpiricalDenoiser, ExactDenoiser, GaussianDe
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.errors import NonFiniteOutput
+from art_edm.runtime.precision import full_precision
 
 SHAPE = (1, 4, 4)
 SIGMAS = [0.02, 0.1, 0.3, 1.0, 3.0, 20.0, 80.0]
@@ -221,45 +219,6 @@ def test_full_precision_inside_and_flags_restored():
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, True)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-NEWER = """
-import sys, torch
-from art_edm.measure.field import full_precision
-backends, guard = torch.backends, full_precision
-state = lambda: [owner.fp32_precision for owner in (backends, backends.cuda.matmul, backends.cudnn.conv)]
-exec(sys.argv[1])
-before = state()
-with guard():
-    inside = state()[1:]
-print(before == state(), inside, before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="a torch without the newer switches")
-@pytest.mark.parametrize("host", [
-    "backends.cuda.matmul.fp32_precision = 'tf32'", "backends.fp32_precision = 'tf32'",
-    "backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = 'tf32'",
-    "backends.cudnn.fp32_precision = 'tf32'; backends.cuda.matmul.fp32_precision = 'ieee'",
-])
-def test_full_precision_after_the_newer_switches(host):
-    """In a process of its own, as torch forbids mixing them; without the guard TF32 is on."""
-    show = lambda code: subprocess.run([sys.executable, "-c", NEWER, code], capture_output=True, text=True)
-    found = show(host)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("True ['ieee', 'ieee']"), found.stdout
-    assert "tf32" in show(f"{host}; import contextlib; guard = contextlib.nullcontext").stdout.split("]")[0]
-
-
-@pytest.mark.parametrize("kind", ["cpu", "xpu", "mps"])
-def test_full_precision_turns_autocast_of_any_device_off(kind):
-    with torch.autocast(kind, dtype=torch.bfloat16, enabled=True):
-        if not torch.is_autocast_enabled(kind):
-            pytest.skip(f"this torch has no autocast for {kind}")
-        with full_precision():
-            assert not torch.is_autocast_enabled(kind)
-        assert torch.is_autocast_enabled(kind)
 
 
 def test_no_gradient_is_recorded():

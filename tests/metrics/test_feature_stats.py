@@ -233,6 +233,17 @@ def test_outputs_of_one_detector_are_asked_for_once(images):
     assert detector.calls == ["features", "probabilities"]
 
 
+def test_features_do_not_follow_the_callers_autocast():
+    class Linear(Mean):
+        def features(self, pixels):
+            return pixels.flatten(1).float() @ torch.full((12, 2), 0.1)
+
+    panel, pixels = Panel(["fid"], {"detector": Linear()}), torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert panel.detectors["detector"].features(pixels).dtype == torch.bfloat16  # the trap is real
+        assert panel.outputs(pixels, "ab")["fid"].dtype == torch.float32
+
+
 # --- KID ---------------------------------------------------------------------------------------------
 
 

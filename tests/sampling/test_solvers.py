@@ -13,6 +13,7 @@ from art_edm.grids.grid import Grid, dpm_unpinned, edm, edm_unpinned, uniform
 from art_edm.measure.local_errors import measure_errors
 from art_edm.models.denoiser import Denoiser
 from art_edm.runtime.errors import NonFiniteOutput
+from art_edm.sampling.sde import sample_sde
 from art_edm.sampling.solvers import (
     SOLVERS,
     Solver,
@@ -229,6 +230,30 @@ def test_nan_from_the_model_is_an_error():
 
     with pytest.raises(NonFiniteOutput, match="sigma = 40 for 1 of 1 images;"):
         sample(Broken(), torch.ones(1, 1, 1, 1), uniform(4, 80), "euler")
+
+
+class Product(Gaussian):
+    """A network whose matrix product follows what is switched on around it."""
+
+    def denoise(self, x, sigma, class_labels):
+        product = x.flatten(1).float() @ torch.eye(x[0].numel())
+        self.seen = (product.dtype, torch.backends.cuda.matmul.allow_tf32)
+        return super().denoise(product.reshape(x.shape).to(x.dtype), sigma, class_labels)
+
+
+@pytest.mark.parametrize("sampler", [sample, sample_sde])
+def test_samples_do_not_follow_the_callers_autocast_and_tf32(sampler):
+    model, z, grid = Product(0.25, (1, 4, 4)), torch.randn(2, 1, 4, 4, dtype=torch.float64), edm_unpinned(5, 80)
+    alone, matmul = sampler(model, z, grid), torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(z, 1.0)
+            assert model.seen == (torch.bfloat16, True)  # without the guard they would
+            found = sampler(model, z, grid)
+        assert model.seen == (torch.float32, False) and torch.equal(found, alone) and matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
 
 
 # --- the table ---------------------------------------------------------------------------------------

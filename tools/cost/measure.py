@@ -22,11 +22,11 @@ from art_edm.grids.clocks import make_clock
 from art_edm.learning.provenance import FINE_STEPS, clock_score
 from art_edm.learning.training import PRESETS, TrainConfig, TrainResult, train
 from art_edm.measure.dense_paths import PathOptions, measure_along, measure_profile
-from art_edm.measure.field import full_precision
 from art_edm.measure.profile import Profile
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.unet import ScoreUNet
 from art_edm.runtime.memory import peak_memory
+from art_edm.runtime.precision import full_precision
 from art_edm.sampling.noise import seeded_generator
 
 __all__ = ["budget", "costs", "layouts", "learned_score", "paper", "profile_memory", "profile_share",
