@@ -31,7 +31,7 @@ def without_autocast() -> Iterator[None]:
     """Turn autocast off, for every kind of device: a network computes in the types that it was made for."""
     with ExitStack() as stack:
         for kind in AUTOCAST:
-            with suppress(RuntimeError):  # a kind that this torch does not know
+            with suppress(RuntimeError, AttributeError):  # a kind that this torch does not know
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

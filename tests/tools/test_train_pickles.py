@@ -11,6 +11,7 @@ import pytest
 from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import load_grid
 from art_edm.pickles import known_sources as upstream_sources
+from art_edm.pickles import trusted
 from tests.support.loopback import Loopback, isolate, whole
 from tests.support.pickle_stand_ins import dumps, sha256, write_lock
 from tests.support.upstream import run_python, upstream
@@ -154,7 +155,7 @@ def test_a_source_that_is_not_listed(run, monkeypatch):
     other = GAUSSIAN.replace("float32", "float64", 1)
     path = pickled("net.pkl", 0.5, source=other)
     refused(run(f"--network={path}", *QUIET), "class Gaussian", sha256(other), "--trust-pickle", "upstream.json")
-    monkeypatch.delenv("ART_EDM_UPSTREAM", raising=False)  # the lock file's folder has no checkout either
+    monkeypatch.setattr(trusted, "find_checkout", lambda: None)  # whatever third_party/ has
     refused(run(f"--network={path}", "--trust-pickle", *QUIET), "python tools/patch_upstream.py")
 
 
