@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Tuple
 
 __all__ = ["RefineConfig"]
 
@@ -23,3 +24,6 @@ class RefineConfig:
     damping: float = 1.0  # of the first step, relative to the curvature
     tolerance: float = 1e-3  # two iterations in a row that gain less, relatively, end it
     patience: int = 3  # so many iterations without a gain on the validation noises end it
+    weights: bool = False  # the weights of each step are moved, too
+    free: int = 4  # newest slopes of a step whose weights are moved
+    ridges: Tuple[float, ...] = (0.0,)  # rho of the weights, one after the other

@@ -12,6 +12,10 @@ Only steps that lower the error are taken. Validation noises, three times as man
 grid is returned which they do not find better than the given one (see `better`). Among the others it is the least
 mean error over all noises that counts. Where the best of the steps is not taken, they are asked about grids between
 the given one and that, too.
+
+With `config.weights` the weights of each step are moved with the levels (see `sampling.weighted`). They start as the
+solver's own, and a ridge holds them there: f + rho/2 f_0 |w - w_0|^2, f_0 the mean error at the start. rho falls in
+stages, each begins where the one before ended; the stage, and so rho, is the validation noises' choice.
 """
 
 from __future__ import annotations
@@ -32,12 +36,14 @@ from art_edm.models.denoiser import Denoiser
 from art_edm.refining import levenberg_marquardt
 from art_edm.refining.config import RefineConfig
 from art_edm.refining.noise_sets import NoiseSets, draw_noises
-from art_edm.refining.solver_jacobian import Run, SolverRuns
+from art_edm.refining.parameters import Parameters, free_places
+from art_edm.refining.solver_jacobian import Run, Scheme, SolverRuns
 from art_edm.refining.stage import Stage
 from art_edm.runtime.context import Context
 from art_edm.runtime.memory import with_back_off
 from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import SOLVERS, fitted, nfe, supported
+from art_edm.sampling.weighted import table_of
 
 __all__ = ["RefineResult", "RefinedGrids", "better", "check_refinable", "own_start", "refine", "refine_grids"]
 
@@ -64,10 +70,11 @@ class RefineResult:
     evaluations: int
     seconds: float
     settings: Dict[str, Any]  # of the refinement, `solver` among them
+    weights: Optional[np.ndarray] = None  # of the slopes in each step, [K, K], where they were moved: `grids.weights`
 
     def record(self) -> Dict[str, Any]:
         """For a grid's provenance: what was done and what it gave, ready for JSON."""
-        return {**{name: value for name, value in vars(self).items() if name != "grid"},
+        return {**{name: value for name, value in vars(self).items() if name not in ("grid", "weights")},
                 "error_before": self.error_before._asdict(), "error_after": self.error_after._asdict()}
 
 
@@ -155,7 +162,7 @@ def _score(denoiser: Denoiser, grid: Grid, solver: str, noises: NoiseSets, conte
     total = nfe(solver, grid.num_steps) * len(noises.validation.latents)
     with Stage(denoiser, context, f"trying {solver}, images", total) as stage:
         runs = SolverRuns(solver, noises.validation, stage)
-        error = EndPointError.of(runs.run(grid.values, False).errors)
+        error = EndPointError.of(runs.run(Scheme(grid.values), False).errors)
     return _Score(error, runs.evaluations, stage.seconds)
 
 
@@ -168,7 +175,8 @@ def refine(
     denoiser: Denoiser, grid: Grid, solver: str, config: RefineConfig = DEFAULT, context: Optional[Context] = None,
     noises: Optional[NoiseSets] = None, starts: Mapping[str, Grid] = MappingProxyType({}),
 ) -> RefineResult:
-    """Move the inner levels of `grid` to where `solver` ends nearest to the exact solution.
+    """Move the inner levels of `grid`, and the weights of `solver` if the config says so, to end nearest to the exact
+    solution.
 
     Args:
         grid: such as ART's, to start from and never be worse than; its number of steps and its first level stay.
@@ -193,15 +201,24 @@ def refine(
         noises = draw_noises(denoiser, config, grid.sigma_max, context)
     with Stage(denoiser, context, "refining, images", _expected(grid.num_steps, solver, config)) as stage:
         train, validation = (SolverRuns(solver, part, stage) for part in noises[:2])
-        found = _Refinement(grids, config, train, validation, noises.evaluations if drawn else 0).result()
+        schemes = {name: _scheme(each, solver, config) for name, each in grids.items()}
+        work = _Refinement(schemes, config, train, validation, noises.evaluations if drawn else 0)
+        found, best = work.result(), work.best.scheme
     seconds = stage.seconds + (noises.seconds if drawn else 0.0)
     settings = {"solver": solver, "batch": context.batch, **asdict(config)}
-    return RefineResult(*found, seconds, settings)
+    return RefineResult(Grid(best.levels), *found, seconds, settings, best.weights)
 
 
-def check_refinable(denoiser: Denoiser, solver: str) -> None:
-    """Raise a ValueError, before any work, for an unknown solver or a model that knows discrete noise levels only."""
+def _scheme(grid: Grid, solver: str, config: RefineConfig) -> Scheme:
+    return Scheme(grid.values, table_of(solver, grid.values) if config.weights else None)
+
+
+def check_refinable(denoiser: Denoiser, solver: str, weights: bool = False) -> None:
+    """Raise a ValueError, before any work, for an unknown solver, one without `weights` where they shall be moved, or
+    a model that knows discrete noise levels only."""
     nfe(solver, 1)
+    if weights:
+        table_of(solver, np.array([1.0, 0.0]))
     low = max(denoiser.sigma_min, denoiser.sigma_limits[0])
     probe = torch.from_numpy(np.geomspace(low, denoiser.sigma_max, 64)[1:-1])
     rounded = denoiser.round_sigma(probe.to(denoiser.device)).to(probe)
@@ -226,7 +243,7 @@ def better(before: np.ndarray, after: np.ndarray) -> bool:
 
 def _check(denoiser: Denoiser, grids: Mapping[str, Grid], solver: str, config: RefineConfig) -> None:
     nfe(config.fine_solver, config.fine_steps)
-    check_refinable(denoiser, solver)
+    check_refinable(denoiser, solver, config.weights)
     steps, top = grids[GIVEN].num_steps, grids[GIVEN].sigma_max
     for name, grid in grids.items():
         supported(denoiser, grid)
@@ -240,17 +257,19 @@ def _check(denoiser: Denoiser, grids: Mapping[str, Grid], solver: str, config: R
 
 def _expected(steps: int, solver: str, config: RefineConfig) -> int:
     """Evaluations, should it take all iterations."""
-    reach = SOLVERS[solver].reach
-    derivatives = sum(nfe(solver, min(n + reach, steps)) - 1 for n in range(2, steps + 1)) * config.noises
+    reach = 0 if config.weights else SOLVERS[solver].reach
+    columns = sum(nfe(solver, min(n + reach, steps)) - 1 for n in range(2, steps + 1))
+    columns += sum(steps - 1 - k for k, _ in free_places(steps, config.free if config.weights else 0))
+    derivatives = columns * config.noises
     whole = config.iterations * (derivatives + nfe(solver, steps) * (config.noises + config.validation))
     return max(whole, config.cheap_evaluations if config.cheap_iterations > config.iterations else 0)
 
 
 @dataclass
 class _Candidate:
-    """A grid that may be returned, its error summed over all noises, and its errors over the validation noises."""
+    """A scheme that may be returned, its error summed over all noises, and its errors over the validation noises."""
 
-    levels: np.ndarray  # [K + 1]
+    scheme: Scheme
     total: float
     errors: np.ndarray  # [validation]
     share: float = 1.0
@@ -260,11 +279,11 @@ class _Candidate:
 class _Descent:
     """Where the descent is."""
 
-    q: np.ndarray  # parameters of the last grid that was accepted, [K - 1]
+    p: np.ndarray  # parameters of the last scheme that was accepted, [P]
     damping: float
-    secant: np.ndarray  # S, [K - 1, K - 1]
-    step: Optional[np.ndarray] = None  # the last one in q, [K - 1]
-    gradient: Optional[np.ndarray] = None  # before that step, [K - 1]
+    secant: np.ndarray  # S, [P, P]
+    step: Optional[np.ndarray] = None  # the last one in p, [P]
+    gradient: Optional[np.ndarray] = None  # before that step, [P]
     history: List[Dict[str, float]] = field(default_factory=list)
 
 
@@ -272,83 +291,103 @@ class _Refinement:
     """One refinement. All its numbers come from `train` and `validation`, so that it can be replayed from a store."""
 
     def __init__(
-        self, grids: Mapping[str, Grid], config: RefineConfig, train: SolverRuns, validation: SolverRuns, drawn: int
+        self, starts: Mapping[str, Scheme], config: RefineConfig, train: SolverRuns, validation: SolverRuns, drawn: int
     ) -> None:
-        self.grids, self.config, self.train, self.validation, self.drawn = grids, config, train, validation, drawn
-        self.given, self.first = grids[GIVEN].values, grids[GIVEN].sigma_max
+        self.starts, self.config, self.train, self.validation, self.drawn = starts, config, train, validation, drawn
+        self.given = starts[GIVEN]
         self.low = train.stage.denoiser.sigma_limits[0]
 
     def result(self) -> Tuple[Any, ...]:
-        """All of it: the fields of a `RefineResult`, up to its evaluations."""
+        """All of it: the fields of a `RefineResult` after its grid, up to its evaluations."""
         run = self._begin()
         while not self.finished:
             run = self._iterate(run)
-        if self.least is not None and not np.array_equal(self.least.levels, self.best.levels):
+        if self.least is not None and self.least.scheme is not self.best.scheme:
             self._look_between()
         before, after = (EndPointError.of(errors) for errors in (self.before, self.best.errors))
-        history = self.descent.history
-        return Grid(self.best.levels), self.start, self.best.share, before, after, history, self._evaluations()
+        return self.start, self.best.share, before, after, self.descent.history, self._evaluations()
 
     def _evaluations(self) -> int:
         return self.drawn + self.train.evaluations + self.validation.evaluations
 
-    def _parameters(self, start: str) -> np.ndarray:
-        return levenberg_marquardt.parameters_of(self.grids[start].values, self.low)
-
-    def _levels(self, q: np.ndarray) -> np.ndarray:
-        return levenberg_marquardt.levels_of(q, self.first, self.low)
+    def _total(self, train: np.ndarray, validation: np.ndarray) -> float:
+        """What is least of the best scheme: over the noises of which they are found, free weights look too good."""
+        return float(validation.sum() + (0.0 if self.config.weights else train.sum()))
 
     def _begin(self) -> Run:
-        """The run of the best of the grids to start from, which validation must find better than the given one."""
-        runs = {name: self.train.run(self._levels(self._parameters(name))) for name in self.grids}
-        errors = {name: self.validation.run(grid.values, False).errors for name, grid in self.grids.items()}
-        totals = {name: float(run.errors.sum() + errors[name].sum()) for name, run in runs.items()}
-        allowed = [name for name in self.grids if name == GIVEN or better(errors[GIVEN], errors[name])]
+        """The run of the best of the schemes to start from, which validation must find better than the given one."""
+        config, first = self.config, float(self.given.levels[0])
+        places = free_places(len(self.given.levels) - 1, config.free) if config.weights else ()
+        forms = {name: Parameters(first, self.low, places, each.weights) for name, each in self.starts.items()}
+        vectors = {name: form.vector(self.starts[name]) for name, form in forms.items()}
+        runs = {name: self.train.run(form.scheme(vectors[name])) for name, form in forms.items()}
+        errors = {name: self.validation.run(scheme, False).errors for name, scheme in self.starts.items()}
+        totals = {name: self._total(run.errors, errors[name]) for name, run in runs.items()}
+        allowed = [name for name in self.starts if name == GIVEN or better(errors[GIVEN], errors[name])]
         self.start, self.before = min(allowed, key=totals.__getitem__), errors[GIVEN]
-        q = self._parameters(self.start)
-        self.descent = _Descent(q, self.config.damping, np.zeros((len(q), len(q))))
-        self.best = _Candidate(self.grids[self.start].values, totals[self.start], errors[self.start])
+        self.parameters, self.origin = forms[self.start], vectors[self.start]
+        self.ridges = list(config.ridges if places else (0.0,))
+        self.stiffness = np.append(np.zeros(len(self.given.levels) - 2), np.ones(len(places)))
+        self.stiffness *= runs[self.start].errors.mean()
+        self.descent = self._descent(self.origin, [])
+        self.best = _Candidate(self.starts[self.start], totals[self.start], errors[self.start])
         self.least: Optional[_Candidate] = None  # after the step of least error over all noises, allowed or not
-        self.finished = len(self.given) == 2
+        self.finished = len(self.given.levels) == 2 and not places
         self._note(runs[self.start], errors[self.start])
         return runs[self.start]
 
+    def _descent(self, p: np.ndarray, history: List[Dict[str, float]]) -> _Descent:
+        return _Descent(p, self.config.damping, np.zeros((len(p), len(p))), history=history)
+
+    def _ridge(self, p: np.ndarray) -> Tuple[float, np.ndarray, np.ndarray]:
+        """What the ridge adds to the error, its gradient [P] and curvature [P, P]."""
+        weight, apart = self.ridges[0] * self.stiffness, p - self.origin
+        return float(weight @ np.square(apart)) / 2, weight * apart, np.diag(weight)
+
     def _iterate(self, run: Run) -> Run:
         """Derivatives, one accepted step if there is any, and what it does to the validation noises."""
-        at = self.descent
-        jtj, jtr = self.train.derivatives(run, self.config.step)
-        to_q = levenberg_marquardt.chain(at.q, run.levels, self.low)
-        gradient, H, scale = levenberg_marquardt.model(run.errors, jtj, jtr, to_q)
-        S = at.secant
+        at, parameters = self.descent, self.parameters
+        jtj, jtr = self.train.derivatives(run, self.config.step, parameters.places)
+        to_p = parameters.chain(at.p, run.scheme)
+        gradient, H, scale = levenberg_marquardt.model(run.errors, jtj, jtr, to_p)
+        _, pull, stiffness = self._ridge(at.p)
+        scale, S = np.hypot(scale, np.sqrt(np.diag(stiffness))), at.secant
         if at.step is not None:
             S = levenberg_marquardt.secant(S, H, at.step, gradient - at.gradient)
-        after = self._search(run, gradient, (H, S), scale)
+        after = self._search(run, gradient + pull, (H + stiffness, S), scale)
         if after is None and S.any():  # what was learned about the curvature may mislead
-            after = self._search(run, gradient, (H, np.zeros_like(S)), scale)
+            after = self._search(run, gradient + pull, (H + stiffness, np.zeros_like(S)), scale)
         if after is None:
-            self.finished = True
+            self._loosen()
             return run
-        errors, at.gradient = self.validation.run(after.levels, False).errors, gradient
-        found = _Candidate(after.levels, float(after.errors.sum() + errors.sum()), errors)
+        errors, at.gradient = self.validation.run(after.scheme, False).errors, gradient
+        found = _Candidate(after.scheme, self._total(after.errors, errors), errors)
         if self.least is None or found.total < self.least.total:
             self.least = found
         self._offer(found)
         self._note(after, errors)
         return after
 
+    def _loosen(self) -> None:
+        """The next ridge, from here; after the last it is finished."""
+        del self.ridges[:1]
+        self.finished = not self.ridges
+        self.descent = self._descent(self.descent.p, self.descent.history)
+
     def _search(
         self, run: Run, gradient: np.ndarray, curvature: Tuple[np.ndarray, np.ndarray], scale: np.ndarray
     ) -> Optional[Run]:
-        """The first of ever shorter steps that lowers the error, taken; None if there is none."""
-        at, f, growth = self.descent, run.errors.mean(), 2.0
+        """The first of ever shorter steps that lowers the error with the ridge, taken; None if there is none."""
+        at, growth = self.descent, 2.0
+        f = run.errors.mean() + self._ridge(at.p)[0]
         for _ in range(MAX_TRIALS):
             step, promised = levenberg_marquardt.proposal(gradient, sum(curvature), scale, at.damping)
-            after = self.train.run(self._levels(at.q + step))
-            gain = f - after.errors.mean()
+            after = self.train.run(self.parameters.scheme(at.p + step))
+            gain = f - after.errors.mean() - self._ridge(at.p + step)[0]
             if gain > 0:
                 ratio = gain / promised if promised > 0 else 0.0
                 at.damping = max(float(at.damping * max(0.2, 1 - (2 * min(ratio, 1.0) - 1) ** 3)), 1e-4)
-                at.q, at.step, at.secant = at.q + step, step, curvature[1]
+                at.p, at.step, at.secant = at.p + step, step, curvature[1]
                 return after
             at.damping, growth = max(at.damping, 1e-2) * growth, 2 * growth
         return None
@@ -360,11 +399,13 @@ class _Refinement:
                      "validation": errors.mean().item()})
         gains = [1 - after["train"] / max(before["train"], TINY) for before, after in zip(rows, rows[1:])]
         least = min(range(len(rows)), key=lambda i: rows[i]["validation"])
-        idle = len(rows) - 1 - least >= config.patience or (len(gains) > 1 and max(gains[-2:]) < config.tolerance)
         cheap = self._evaluations() - self.drawn < config.cheap_evaluations
         limit = max(config.cheap_iterations, config.iterations) if cheap else config.iterations
         floor = rows[-1]["train"] <= ERROR_FLOOR * rows[0]["train"]
+        idle = len(rows) - 1 - least >= config.patience
         self.finished = self.finished or idle or len(gains) >= limit or floor
+        if not self.finished and len(gains) > 1 and max(gains[-2:]) < config.tolerance:
+            self._loosen()
 
     def _offer(self, found: _Candidate) -> None:
         """Take a grid that is better than the given one and the best so far."""
@@ -372,11 +413,19 @@ class _Refinement:
             self.best = found
 
     def _look_between(self) -> None:
-        """The best of the steps was not taken: ask for grids between the given one and that."""
-        given, least = (torch.tensor(levels[:-1]).log() for levels in (self.given, self.least.levels))
+        """The best of the steps was not taken: ask for schemes between the given one and that."""
+        least = self.least.scheme
         for share in SHARES:
-            inner = torch.lerp(given, least, share).exp().numpy()
-            levels = np.concatenate([self.given[:1], inner[1:], self.given[-1:]])
-            errors = self.validation.run(levels, False).errors
-            total = float(self.train.run(levels, False).errors.sum() + errors.sum())
-            self._offer(_Candidate(levels, total, errors, share))
+            scheme = between(self.given, least, share)
+            errors = self.validation.run(scheme, False).errors
+            total = self._total(self.train.run(scheme, False).errors, errors)
+            self._offer(_Candidate(scheme, total, errors, share))
+
+
+def between(given: Scheme, other: Scheme, share: float) -> Scheme:
+    """A share of the way from one scheme to another of the same first level: in log sigma, and in the weights."""
+    logs = (torch.tensor(scheme.levels[:-1]).log() for scheme in (given, other))
+    inner = torch.lerp(*logs, share).exp().numpy()
+    levels = np.concatenate([given.levels[:1], inner[1:], given.levels[-1:]])
+    apart = None if given.weights is None else other.weights - given.weights
+    return Scheme(levels, None if apart is None else given.weights + share * apart)

@@ -5,20 +5,21 @@ Symbols
 x_K       where the solver ends, on a grid sigma_0 > ... > sigma_K = 0; x_ref where the exact path ends
 residual  r = x_K - x_ref, [M, C, H, W] over M noises
 error     RMS of r over pixels, [M], in units of x
-J         d x_K / d sigma_j, j = 1..K-1, by forward differences through the solver itself
-jtj, jtr  J^T J and J^T r per noise and pixel, [M, K-1, K-1] and [M, K-1]: all that a least-squares step needs
+w_kj      weight of slope f_{k-j} in step k, where the weights are free too (see `sampling.weighted`)
+J         d x_K / d sigma_j, j = 1..K-1, and then d x_K / d w_kj, P in all, by forward differences through the solver
+jtj, jtr  J^T J and J^T r per noise and pixel, [M, P, P] and [M, P]: all that a least-squares step needs
 
 Moving sigma_j leaves the steps that end above it as they are (but for one, where a solver's weights come from the
 clock), and the first slope of the first step that it changes. So a difference starts from what the undisturbed run
 stored there, which halves its cost; it needs neither autograd nor memory that grows with the network, and serves
-every solver, guided or not.
+every solver, guided or not. A weight of step k moves what follows that step: K - 1 - k evaluations, none for the last.
 """
 
 from __future__ import annotations
 
 import hashlib
 from functools import partial
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -26,9 +27,19 @@ import torch
 from art_edm.measure.field import rms
 from art_edm.refining.stage import Stage
 from art_edm.runtime.precision import full_precision
-from art_edm.sampling.solvers import SOLVERS, Past, Slope, integrate, slope_of
+from art_edm.sampling.solvers import SOLVERS, Past, Slope, Solver, integrate, slope_of
+from art_edm.sampling.weighted import weighted
 
-__all__ = ["Noises", "Run", "SolverRuns", "solve_ends"]
+__all__ = ["Noises", "Run", "Scheme", "SolverRuns", "solve_ends"]
+
+Place = Tuple[int, int]  # (k, j) of a weight
+
+
+class Scheme(NamedTuple):
+    """What decides where a sampler goes: levels, and a table of weights where it has its own."""
+
+    levels: np.ndarray  # [K + 1]
+    weights: Optional[np.ndarray] = None  # [K, K]
 
 
 class Noises(NamedTuple):
@@ -69,9 +80,17 @@ class _Kept(NamedTuple):
 class Run(NamedTuple):
     """One run of the sampler over the noises."""
 
-    levels: np.ndarray  # [K + 1]
+    scheme: Scheme
     errors: np.ndarray  # [M], of all noises, on every process
     kept: Dict[int, _Kept]  # first noise of a batch that was run just now -> what it left
+
+
+class _Move(NamedTuple):
+    """One number of a scheme moved."""
+
+    scheme: Scheme
+    first: int  # step, from which on all is solved again
+    size: float
 
 
 class _Recorder:
@@ -101,7 +120,7 @@ class _Replay:
 
 
 class SolverRuns:
-    """Runs of one solver from the same noises, on any grid.
+    """Runs of one solver from the same noises, on any grid; a scheme with weights replaces the solver by its own.
 
     The processes share out whole batches, so that their number changes no rounding; each gets the figures of all.
 
@@ -124,12 +143,17 @@ class SolverRuns:
         labels = self.noises.labels
         return slope_of(self.stage.denoiser, None if labels is None else labels[part])
 
-    def _what(self, kind: str, levels: np.ndarray, part: slice, **more: Any) -> Dict[str, Any]:
+    def _what(self, kind: str, scheme: Scheme, part: slice, **more: Any) -> Dict[str, Any]:
         """All that decides the rows of a batch."""
         if part.start not in self._digests:
             self._digests[part.start] = self.noises.part(part).digest()
-        return {"kind": kind, "solver": self.solver, "levels": levels.tolist(), "noises": self._digests[part.start],
-                **more}
+        if scheme.weights is not None:
+            more["weights"] = scheme.weights.tolist()
+        return {"kind": kind, "solver": self.solver, "levels": scheme.levels.tolist(),
+                "noises": self._digests[part.start], **more}
+
+    def _entry(self, scheme: Scheme) -> Solver:
+        return SOLVERS[self.solver] if scheme.weights is None else weighted(scheme.weights)
 
     def _initial(self, part: slice, levels: np.ndarray) -> torch.Tensor:
         return self.stage.denoiser.initial(self.noises.latents[part], float(levels[0])).to(torch.float64)
@@ -143,68 +167,82 @@ class SolverRuns:
         return rows[:-1]
 
     @torch.no_grad()
-    def run(self, levels: np.ndarray, keep: bool = True) -> Run:
-        """Take every noise over the levels [K + 1]; without `keep` for the errors alone, in little memory."""
+    def run(self, scheme: Scheme, keep: bool = True) -> Run:
+        """Take every noise through a scheme; without `keep` for the errors alone, in little memory."""
         before, errors = self.stage.evaluations, torch.zeros(len(self.noises.latents), 1, dtype=torch.float64)
         kept: Dict[int, _Kept] = {}
 
         def errors_of(part: slice) -> torch.Tensor:
-            batch = self._recorded(part, levels)
+            batch = self._recorded(part, scheme)
             if keep:
                 kept[part.start] = batch
             return rms(batch.end - self.noises.ends[part])
 
         with self.world.phase(), full_precision():
             for part in self._share():
-                what = self._what("errors", levels, part)
+                what = self._what("errors", scheme, part)
                 found = self.stage.find(what)
                 errors[part, 0] = self.stage.make(what, partial(errors_of, part)) if found is None else found
-        return Run(levels, self._sum(errors, before)[:, 0], kept)
+        return Run(scheme, self._sum(errors, before)[:, 0], kept)
 
-    def _recorded(self, part: slice, levels: np.ndarray) -> _Kept:
+    def _recorded(self, part: slice, scheme: Scheme) -> _Kept:
         """A batch from the first level to the last, and what each step began with."""
-        kept, past, x, slope = [], (), self._initial(part, levels), self._slope(part)
-        sigma = torch.tensor(levels, device=x.device)
+        kept, past, x, slope = [], (), self._initial(part, scheme.levels), self._slope(part)
+        sigma, entry = torch.tensor(scheme.levels, device=x.device), self._entry(scheme)
         for k in range(len(sigma) - 1):
             recorder, start = _Recorder(slope), (x, past)
-            x, past = integrate(recorder, x, sigma, self.solver, past, steps=[k])
+            x, past = integrate(recorder, x, sigma, entry, past, steps=[k])
             kept.append(_Start(*start, recorder.first))
         return _Kept(kept, x)
 
     @torch.no_grad()
-    def derivatives(self, run: Run, step: float) -> Tuple[np.ndarray, np.ndarray]:
-        """jtj and jtr of a run, [M, K-1, K-1] and [M, K-1].
+    def derivatives(self, run: Run, step: float, places: Tuple[Place, ...] = ()) -> Tuple[np.ndarray, np.ndarray]:
+        """jtj and jtr of a run, [M, P, P] and [M, P], P = K - 1 + len(places).
 
         Args:
-            step: of the differences, as a fraction of the smaller of the two gaps beside a level.
+            step: of the differences, as a fraction of the smaller of the two gaps beside a level; of a weight as it is.
+            places: (k, j) of the weights that are free.
         """
-        inner, before = len(run.levels) - 2, self.stage.evaluations
-        rows = torch.zeros(len(self.noises.latents), inner * (inner + 1), dtype=torch.float64)
+        count, before = len(run.scheme.levels) - 2 + len(places), self.stage.evaluations
+        rows = torch.zeros(len(self.noises.latents), count * (count + 1), dtype=torch.float64)
+        more = {"places": places} if places else {}
         with self.world.phase(), full_precision():
             for part in self._share():
-                what = self._what("derivatives", run.levels, part, step=step)
+                what = self._what("derivatives", run.scheme, part, step=step, **more)
                 found = self.stage.find(what)
                 if found is None:  # a run that was itself found is done again for it, and not counted twice
-                    kept = run.kept.get(part.start) or self._recorded(part, run.levels)
-                    found = self.stage.make(what, partial(self._products, run.levels, part, kept, step))
+                    kept = run.kept.get(part.start) or self._recorded(part, run.scheme)
+                    moves = self._moves(run.scheme, step, places)
+                    found = self.stage.make(what, partial(self._products, moves, part, kept))
                 rows[part] = found
         full = self._sum(rows, before)
-        return full[:, : inner * inner].reshape(-1, inner, inner), full[:, inner * inner :]
+        return full[:, : count * count].reshape(-1, count, count), full[:, count * count :]
 
-    def _products(self, levels: np.ndarray, part: slice, kept: _Kept, step: float) -> torch.Tensor:
-        """jtj and jtr of a batch side by side, [B, (K-1) K]: each level moved up, and all that follows solved again."""
-        columns, gaps, slope = [], -np.diff(levels), self._slope(part)
+    def _moves(self, scheme: Scheme, step: float, places: Tuple[Place, ...]) -> Iterator[_Move]:
+        """Each inner level moved up, then each free weight."""
+        levels, weights, reach = scheme.levels, scheme.weights, self._entry(scheme).reach
+        gaps = -np.diff(levels)
         for j in range(1, len(levels) - 1):
             moved = levels.copy()
             moved[j] += step * min(gaps[j - 1], gaps[j])
-            first = max(j - 1 - SOLVERS[self.solver].reach, 0)  # the first step that the move changes
-            start, sigma, steps = kept.starts[first], torch.tensor(moved, device=kept.end.device), len(levels) - 1
-            x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self.solver, start.past,
+            first = max(j - 1 - reach, 0)  # the first step that the move changes
+            yield _Move(Scheme(moved, weights), first, moved[j] - levels[j])
+        for k, j in places:
+            moved = weights.copy()
+            moved[k, j] += step
+            yield _Move(Scheme(levels, moved), k, moved[k, j] - weights[k, j])
+
+    def _products(self, moves: Iterator[_Move], part: slice, kept: _Kept) -> torch.Tensor:
+        """jtj and jtr of a batch side by side, [B, P (P + 1)]: all that follows each move solved again."""
+        columns, slope, steps = [], self._slope(part), len(kept.starts)
+        for scheme, first, size in moves:
+            start, sigma = kept.starts[first], torch.tensor(scheme.levels, device=kept.end.device)
+            x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self._entry(scheme), start.past,
                              steps=range(first, steps))
-            columns.append((x - kept.end).flatten(1) / (moved[j] - levels[j]))
+            columns.append((x - kept.end).flatten(1) / size)
             self.stage.tell()
-        J = torch.stack(columns, dim=1)  # [B, K-1, d]
         residual = (kept.end - self.noises.ends[part]).flatten(1)  # [B, d]
+        J = torch.stack(columns, dim=1)  # [B, P, d]
         jtj = J @ J.transpose(1, 2) / residual.shape[1]
         jtr = (J @ residual[:, :, None])[:, :, 0] / residual.shape[1]
         return torch.cat([jtj.flatten(1), jtr], dim=1)
@@ -226,7 +264,7 @@ def solve_ends(
     before, world = stage.evaluations, stage.context.world
     with world.phase(), full_precision():
         for part in runs._share():
-            what = runs._what("ends", levels, part)
+            what = runs._what("ends", Scheme(levels), part)
             found = stage.find(what)
             ends[part] = (stage.make(what, partial(ends_of, part)) if found is None else found).to(ends)
     count = world.sum(torch.tensor([float(stage.evaluations - before)], dtype=torch.float64).to(world.device))

@@ -37,10 +37,11 @@ class Context:
         with self.world.phase():
             if self.world.rank > 0 or self.store.folder is None or not self.identity:
                 return
-            what, here = {"kind": "settings", "of": kind}, {**settings, "network": self.identity}
+            what = {"kind": "settings", "of": kind}
+            here = json.loads(canonical({**settings, "network": self.identity}))  # as it is read: lists, no tuples
             content = self.store.load(what)
             found = here if content is None else json.loads(str(content["settings"]))
-            differing = [name for name, value in here.items() if found.get(name) != json.loads(canonical(value))]
+            differing = [name for name, value in here.items() if found.get(name) != value]
             if differing:
                 made, new = (f"{differing[0]}={each.get(differing[0])}" for each in (found, here))
                 line = f"{self.store.folder} holds a {kind} with {made}, this run has {new}"

@@ -9,7 +9,7 @@ import torch
 from art_edm.grids.grid import edm
 from art_edm.models.analytic import MixtureDenoiser
 from art_edm.refining import levenberg_marquardt as lm
-from art_edm.refining.solver_jacobian import Noises, SolverRuns, solve_ends
+from art_edm.refining.solver_jacobian import Noises, Scheme, SolverRuns, solve_ends
 from art_edm.refining.stage import Stage
 from art_edm.runtime.context import Context
 from art_edm.sampling.solvers import SOLVERS, integrate, nfe, slope_of
@@ -52,7 +52,7 @@ def exact_jacobian(solver, levels=LEVELS):
 def test_differences_are_those_of_autograd(solver):
     job = runs_of(solver)
     # its ends bend more: the difference's own error is linear in the step, 1e-6 at 1e-6
-    jtj, jtr = job.derivatives(job.run(LEVELS), step=1e-7 if solver == "clock-denoised" else 1e-6)
+    jtj, jtr = job.derivatives(job.run(Scheme(LEVELS)), step=1e-7 if solver == "clock-denoised" else 1e-6)
     jacobian, residual = exact_jacobian(solver)
     d = residual.shape[1]
     assert jtj == pytest.approx((jacobian @ jacobian.transpose(1, 2) / d).numpy(), rel=1e-4, abs=1e-7)
@@ -63,7 +63,7 @@ def test_differences_are_those_of_autograd(solver):
 @pytest.mark.parametrize("solver", ["dpmpp2m", "ipndm2", "ipndm", "clock"])
 def test_a_multistep_solver_needs_its_past(solver, monkeypatch):
     job = runs_of(solver)
-    run = job.run(LEVELS)
+    run = job.run(Scheme(LEVELS))
     right = job.derivatives(run, step=1e-6)[1]
     kept = {i: each._replace(starts=[start._replace(past=()) for start in each.starts])
             for i, each in run.kept.items()}
@@ -75,7 +75,7 @@ def test_a_multistep_solver_needs_its_past(solver, monkeypatch):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_restart_gives_the_bits_of_a_full_run_at_the_expected_cost(solver):
     job, step = runs_of(solver, batch=COUNT), 0.01
-    run = job.run(LEVELS)
+    run = job.run(Scheme(LEVELS))
     assert job.evaluations == COUNT * nfe(solver, 6)
     jtj, _ = job.derivatives(run, step)
     # each level costs a run from the first step that it changes, without the first evaluation, which is known
@@ -85,7 +85,7 @@ def test_a_restart_gives_the_bits_of_a_full_run_at_the_expected_cost(solver):
     for j in range(1, 6):
         moved = LEVELS.copy()
         moved[j] += step * min(LEVELS[j - 1] - LEVELS[j], LEVELS[j] - LEVELS[j + 1])
-        columns.append((job.run(moved).kept[0].end - run.kept[0].end).flatten(1) / (moved[j] - LEVELS[j]))
+        columns.append((job.run(Scheme(moved)).kept[0].end - run.kept[0].end).flatten(1) / (moved[j] - LEVELS[j]))
     full = torch.stack(columns, dim=1)
     assert np.array_equal(jtj, (full @ full.transpose(1, 2) / 4).numpy())
 
@@ -109,7 +109,7 @@ def whole_differences(solver, levels=LEVELS, step=1e-5):
 def test_a_move_changes_the_weights_of_steps_before_it(solver, monkeypatch):
     """The learned clock runs through all levels: a step's weights know the level after its end."""
     reach = SOLVERS[solver].reach
-    derivatives = lambda job: job.derivatives(job.run(LEVELS), step=1e-6)[1]
+    derivatives = lambda job: job.derivatives(job.run(Scheme(LEVELS)), step=1e-6)[1]
     whole = whole_differences(solver)
     assert derivatives(runs_of(solver)) == pytest.approx(whole, rel=1e-4, abs=1e-6)
     for wrong in range(reach):
@@ -120,7 +120,7 @@ def test_a_move_changes_the_weights_of_steps_before_it(solver, monkeypatch):
 
 def test_the_first_slope_is_not_reused_for_another_step(monkeypatch):
     job = runs_of("heun")
-    run, right = job.run(LEVELS), None
+    run, right = job.run(Scheme(LEVELS)), None
     right = job.derivatives(run, 1e-6)[1]
     late = {i: each._replace(starts=[a._replace(slope=b.slope) for a, b in zip(each.starts, each.starts[1:] * 2)])
             for i, each in run.kept.items()}
@@ -135,7 +135,7 @@ def test_errors_are_those_of_a_plain_run():
         x = model.initial(noises.latents, 20.0)
         end, _ = integrate(slope_of(model), x, torch.tensor(LEVELS), "heun")
     plain = (end - noises.ends).square().mean(dim=(1, 2, 3)).sqrt().numpy()
-    assert job.run(LEVELS).errors == pytest.approx(plain, rel=1e-12)
+    assert job.run(Scheme(LEVELS)).errors == pytest.approx(plain, rel=1e-12)
 
 
 def test_labels_go_with_their_noises():
@@ -149,7 +149,7 @@ def test_labels_go_with_their_noises():
     model = Labelled(base.weights, base.means, base.std, 0.01, 20.0)
     labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     noises = drawn()._replace(labels=labels)
-    errors_of = lambda part: SolverRuns("heun", part, Stage(model, Context(batch=2))).run(LEVELS).errors
+    errors_of = lambda part: SolverRuns("heun", part, Stage(model, Context(batch=2))).run(Scheme(LEVELS)).errors
     one, two = map(errors_of, (noises, noises.part(slice(1, 4))))
     assert two == pytest.approx(one[1:4], rel=1e-12)
     swapped = errors_of(noises._replace(labels=labels.flip(1)))
@@ -178,11 +178,11 @@ def test_a_level_at_the_lowest_is_taken_as_just_above():
 def test_the_gradient_is_that_of_the_mean_error():
     """Where errors differ little from noise to noise the smoothing is a thousandth."""
     q, job = lm.parameters_of(LEVELS), runs_of("heun")
-    run = job.run(LEVELS)
+    run = job.run(Scheme(LEVELS))
     jtj, jtr = job.derivatives(run, 1e-6)
     gradient, _, _ = lm.model(run.errors, jtj, jtr, lm.chain(q, LEVELS))
-    slopes = [(job.run(lm.levels_of(q + e, 20.0)).errors.mean()
-               - job.run(lm.levels_of(q - e, 20.0)).errors.mean()) / 2e-5 for e in 1e-5 * np.eye(5)]
+    slopes = [(job.run(Scheme(lm.levels_of(q + e, 20.0))).errors.mean()
+               - job.run(Scheme(lm.levels_of(q - e, 20.0))).errors.mean()) / 2e-5 for e in 1e-5 * np.eye(5)]
     assert gradient == pytest.approx(np.array(slopes), rel=0.01, abs=1e-3 * np.abs(slopes).max())
     unweighted = lm.chain(q, LEVELS).T @ jtr.mean(axis=0) / run.errors.mean()  # that of the mean square
     assert np.abs(unweighted - slopes).max() > 0.03 * np.abs(slopes).max()

@@ -13,7 +13,7 @@ from art_edm.grids.grid import edm_unpinned
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.refining import stage as stage_module
 from art_edm.refining.noise_sets import draw_noises
-from art_edm.refining.solver_jacobian import Noises, SolverRuns
+from art_edm.refining.solver_jacobian import Noises, Scheme, SolverRuns
 from art_edm.refining.stage import Stage
 from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import nfe, sample
@@ -36,12 +36,12 @@ def kept(folder, **more):
 def test_an_entry_is_computed_once_and_counted_once_in_each_stage(tmp_path):
     model, noises = mixture(), noises_of()
     plain = SolverRuns("heun", noises, Stage(model, pairs()))
-    expected, cost = plain.run(LEVELS, keep=False).errors, plain.evaluations
+    expected, cost = plain.run(Scheme(LEVELS), keep=False).errors, plain.evaluations
     for fresh in (cost, 0, 0):
         stage, before = Stage(model, kept(tmp_path)), model.evaluations
         runs = SolverRuns("heun", noises, stage)
         for _ in range(2):  # again, in the same stage
-            np.testing.assert_array_equal(runs.run(LEVELS, keep=False).errors, expected)
+            np.testing.assert_array_equal(runs.run(Scheme(LEVELS), keep=False).errors, expected)
             assert (model.evaluations - before, runs.evaluations, stage.evaluations) == (fresh, cost, cost)
         assert stage.seconds > 0
 
@@ -50,17 +50,18 @@ def test_derivatives_of_a_run_that_was_found_are_those_of_one_that_was_run(tmp_p
     """Its steps are taken once more, which counts nowhere."""
     model, noises = mixture(), noises_of()
     plain = SolverRuns("heun", noises, Stage(model, pairs()))
-    expected, cost = plain.derivatives(plain.run(LEVELS), 0.005), plain.evaluations
-    SolverRuns("heun", noises, Stage(model, kept(tmp_path))).run(LEVELS)
+    expected, cost = plain.derivatives(plain.run(Scheme(LEVELS)), 0.005), plain.evaluations
+    SolverRuns("heun", noises, Stage(model, kept(tmp_path))).run(Scheme(LEVELS))
     runs, before = SolverRuns("heun", noises, Stage(model, kept(tmp_path))), model.evaluations
-    run = runs.run(LEVELS)
+    run = runs.run(Scheme(LEVELS))
     assert model.evaluations == before and not run.kept
     for one, other in zip(runs.derivatives(run, 0.005), expected):
         assert one.tobytes() == other.tobytes()
     assert runs.evaluations == cost and model.evaluations - before == cost  # the run again, the derivatives
 
 
-OTHERS = ["identity", "solver", "levels", "latents", "ends", "labels", "batch", "kind", "step", "version", "device"]
+OTHERS = ["identity", "solver", "levels", "weights", "latents", "ends", "labels", "batch", "kind", "step", "version",
+          "device"]
 
 
 @pytest.mark.parametrize("other", ["", *OTHERS])
@@ -68,8 +69,10 @@ def test_whatever_decides_an_entry_distinguishes_it(tmp_path, monkeypatch, other
     """Else a wrong number would be believed: each of these alone makes the work be done; without any, none is."""
     model, noises = mixture(), noises_of()
     first = SolverRuns("heun", noises, Stage(model, kept(tmp_path)))
-    run = first.run(LEVELS)
+    run = first.run(Scheme(LEVELS))
     first.derivatives(run, 0.005)
+    first.run(Scheme(LEVELS, np.eye(3)))
+    weights = {"": None, "weights": np.eye(3) * (1 + 1e-15)}.get(other)
     levels = LEVELS * (1 + 1e-15) if other == "levels" else LEVELS
     assert (levels != LEVELS).any() == (other == "levels")
     if other in ("latents", "ends"):
@@ -81,7 +84,8 @@ def test_whatever_decides_an_entry_distinguishes_it(tmp_path, monkeypatch, other
     context = kept(tmp_path, identity="that" if other == "identity" else "it", batch=3 if other == "batch" else 2)
     stage = Stage(model, context)
     if other == "device":
-        found = stage.find({"device": "cuda", **SolverRuns("heun", noises, stage)._what("errors", LEVELS, slice(0, 2))})
+        what = SolverRuns("heun", noises, stage)._what("errors", Scheme(LEVELS), slice(0, 2))
+        found = stage.find({"device": "cuda", **what})
         assert found is None
         return
     runs, before = SolverRuns("euler" if other == "solver" else "heun", noises, stage), model.evaluations
@@ -89,13 +93,13 @@ def test_whatever_decides_an_entry_distinguishes_it(tmp_path, monkeypatch, other
         runs.derivatives(run, 0.005 if other == "kind" else 0.0051)
         assert (model.evaluations > before) == (other == "step")
     else:
-        runs.run(levels, keep=False)
+        runs.run(Scheme(levels, weights), keep=False)
         assert (model.evaluations > before) == (other != "")
 
 
 def test_a_full_disk_is_one_line_and_what_was_written_stays(tmp_path, monkeypatch):
     model, noises = mixture(), noises_of()
-    SolverRuns("heun", noises, Stage(model, kept(tmp_path))).run(LEVELS)
+    SolverRuns("heun", noises, Stage(model, kept(tmp_path))).run(Scheme(LEVELS))
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -103,9 +107,9 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="cannot write to .*: No space left on device; .* run the same command again"):
-            SolverRuns("euler", noises, Stage(model, kept(tmp_path))).run(LEVELS)
+            SolverRuns("euler", noises, Stage(model, kept(tmp_path))).run(Scheme(LEVELS))
     before = model.evaluations
-    SolverRuns("heun", noises, Stage(model, kept(tmp_path))).run(LEVELS)
+    SolverRuns("heun", noises, Stage(model, kept(tmp_path))).run(Scheme(LEVELS))
     assert model.evaluations == before and len(os.listdir(tmp_path)) == 2
 
 
