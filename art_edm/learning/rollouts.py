@@ -106,6 +106,7 @@ class LiveEnvironment(Environment):
         self.labels = None if labels is None else labels[self.mine % noises]
         self.x = self.denoiser.initial(latents[self.mine % noises].to(self.denoiser.device), self.clock.sigma_max)
         self.s = np.zeros(batch)
+        self.sigma = self._sigma()
         self.point: Optional[Surrogate] = None
 
     def _sigma(self) -> torch.Tensor:
@@ -115,11 +116,11 @@ class LiveEnvironment(Environment):
 
     def _look(self) -> Surrogate:
         if self.point is None:  # noise by noise, so that the number of processes changes no rounding
-            sigma, parts, check = self._sigma(), [], FiniteCheck(self.x.device)
+            parts, check = [], FiniteCheck(self.x.device)
             for a in range(0, len(self.x), self.repeats):
                 b = a + self.repeats
                 labels = None if self.labels is None else self.labels[a:b]
-                parts.append(surrogate(self.denoiser, self.x[a:b], sigma[a:b], labels, see=check.see))
+                parts.append(surrogate(self.denoiser, self.x[a:b], self.sigma[a:b], labels, see=check.see))
             check.settle()
             self.point = Surrogate(*(torch.cat(each) for each in zip(*parts)))
         return self.point
@@ -131,7 +132,7 @@ class LiveEnvironment(Environment):
                 norms[self.mine] = self._look().norm.cpu().double()
         except NonFiniteOutput as error:  # known to all by the sum, so that none waits
             norms[self.mine], failed = float("nan"), error
-        norms = self.world.sum(norms.to(self.world.device)).cpu()
+        norms = self.world.sum(norms)
         if norms.isnan().any():
             level = float(self.clock.sigma(self.s[int(norms.isnan().nonzero()[0])].clip(0, 1)))
             found = f"another process's network returned NaN or infinity near sigma = {level:.6g}"
@@ -142,9 +143,9 @@ class LiveEnvironment(Environment):
         if not len(self.mine):  # more processes than noises
             self.s = self.s + ds
             return
-        point, before = self._look(), self._sigma()
+        point, before = self._look(), self.sigma
         self.s = self.s + ds
-        after = self._sigma()
+        after = self.sigma = self._sigma()
         if self.euler:  # the paper's step along the drift (5)
             slope = (self.x - point.denoised) / before.reshape(-1, 1, 1, 1)
             self.x = self.x + (after - before).reshape(-1, 1, 1, 1) * slope

@@ -154,7 +154,7 @@ class _Run:
             if self.live:
                 own = self.state.iteration < self.config.iterations  # else, continued, the count is everyone's already
                 self._rounds(stop)
-                count = torch.tensor([float(self.state.evaluations)], dtype=torch.float64).to(world.device)
+                count = torch.tensor([float(self.state.evaluations)], dtype=torch.float64)
                 self.state.evaluations = int(world.sum(count)) if own else self.state.evaluations
             else:
                 with world.phase():
@@ -166,7 +166,7 @@ class _Run:
     def _asked(self, stop: GracefulStop) -> bool:
         """Whether to stop; where processes go in step, whether any of them is asked to."""
         world, asked = self.context.world, torch.tensor([float(stop.requested)])
-        return bool(world.sum(asked.to(world.device)) if self.live else stop.requested)
+        return bool(world.sum(asked) if self.live else stop.requested)
 
     def _rounds(self, stop: GracefulStop) -> None:
         """Actor-critic iterations, from wherever the state is."""

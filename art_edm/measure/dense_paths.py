@@ -182,7 +182,7 @@ def travel(
             labels = None if options.class_labels is None else options.class_labels[a:b]
             full[a:b] = norms(denoiser.initial(latents[a:b], clock.sigma_max), labels, tell).cpu()
     full[-1, 0] = denoiser.evaluations - start
-    full = world.sum(full.to(world.device)).cpu().numpy()
+    full = world.sum(full).numpy()
     return full[:-1], int(full[-1, 0])
 
 

@@ -19,7 +19,7 @@ from typing import Callable, NamedTuple, Optional, Union
 import torch
 
 from art_edm.models.denoiser import Denoiser
-from art_edm.runtime.errors import NonFiniteOutput
+from art_edm.models.evaluate import FiniteCheck
 from art_edm.runtime.precision import full_precision
 
 __all__ = [
@@ -48,15 +48,9 @@ def rms(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).square().mean(dim=1).sqrt()
 
 
-def _finite(values: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    bad = ~values.flatten(1).isfinite().all(dim=1)
-    if bad.any():
-        level = float(sigma.reshape(-1).expand(len(bad))[bad][0])
-        raise NonFiniteOutput(
-            f"the network returned NaN or infinity at sigma = {level:.6g} for {int(bad.sum())} of {len(bad)} images; "
-            "expected finite images; check the weight file, or its range of noise levels"
-        )
-    return values
+def _at_once(x: torch.Tensor) -> See:
+    """NaN and infinity are an error as soon as they are returned."""
+    return FiniteCheck(x.device, deferred=False).see
 
 
 @torch.no_grad()
@@ -67,7 +61,7 @@ def evaluate(
     """D(x; sigma) [B, C, H, W] in full precision; raises a NonFiniteOutput for NaN or infinity unless `see` looks."""
     level = x.new_full((), sigma)  # made on the device: a copy to it would wait
     with full_precision():
-        return (see or _finite)(denoiser(x, level, class_labels), level)
+        return (see or _at_once(x))(denoiser(x, level, class_labels), level)
 
 
 @torch.no_grad()
@@ -86,7 +80,7 @@ def drift(
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     with full_precision():
-        denoised = _finite(denoiser(x, sigma, class_labels), sigma)
+        denoised = _at_once(x)(denoiser(x, sigma, class_labels), sigma)
     return (denoised - x) / sigma.reshape(-1, 1, 1, 1)
 
 
@@ -112,7 +106,7 @@ def surrogate(
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(x.shape[0])  # [B]
     s, step = sigma.reshape(-1, 1, 1, 1), step or denoiser.difference_step or DIFFERENCE_STEP
-    see = see or _finite
+    see = see or _at_once(x)
     with full_precision():
         denoised = see(denoiser(x, sigma, class_labels), sigma)
         above, below = denoiser.neighbours(sigma, step)  # [B] each
@@ -145,7 +139,10 @@ def choose_step(denoiser: Denoiser, latents: torch.Tensor, class_labels: Optiona
     def norms(step: float) -> torch.Tensor:
         """|Q| [7, B]."""
         spread = [math.hypot(level, denoiser.sigma_data) for level in levels]
-        points = (surrogate(denoiser, s * latents, level, class_labels, step) for s, level in zip(spread, levels))
+        check = FiniteCheck(latents.device)
+        points = [surrogate(denoiser, s * latents, level, class_labels, step, check.see)
+                  for s, level in zip(spread, levels)]
+        check.settle()
         return torch.stack([point.norm for point in points])
 
     wide = norms(STEPS[0])

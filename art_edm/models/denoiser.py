@@ -86,8 +86,8 @@ class Denoiser(torch.nn.Module):
         if x.ndim != 4 or tuple(x.shape[1:]) != self.img_shape:
             expected = ", ".join(str(n) for n in self.img_shape)
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [B, {expected}]")
-        if not isinstance(sigma, torch.Tensor):
-            sigma = x.new_full((1,), sigma)  # made on the device: a copy to it would wait
+        if not isinstance(sigma, torch.Tensor) or (sigma.numel() == 1 and sigma.device != x.device):
+            sigma = x.new_full((1,), float(sigma))  # made on the device: a copy to it would wait
         sigma = sigma.to(x.device, x.dtype).reshape(-1)
         if len(sigma) not in (1, len(x)):
             raise ValueError(f"sigma has {len(sigma)} values for {len(x)} images, expected one, or one for each")

@@ -9,6 +9,8 @@ w_kj      weight of slope f_{k-j} in step k, where the weights are free too (see
 J         d x_K / d sigma_j, j = 1..K-1, and then d x_K / d w_kj, P in all, by forward differences through the solver
 jtj, jtr  J^T J and J^T r per noise and pixel, [M, P, P] and [M, P]: all that a least-squares step needs
 
+Levels stay on the CPU, where the host may read them without waiting for a GPU.
+
 Moving sigma_j leaves the steps that end above it as they are (but for one, where a solver's weights come from the
 clock), and the first slope of the first step that it changes. So a difference starts from what the undisturbed run
 stored there, which halves its cost; it needs neither autograd nor memory that grows with the network, and serves
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 
 from art_edm.measure.field import rms
+from art_edm.models.evaluate import FiniteCheck
 from art_edm.refining.stage import Stage
 from art_edm.runtime.precision import full_precision
 from art_edm.sampling.solvers import SOLVERS, Past, Slope, Solver, integrate, slope_of
@@ -139,9 +142,9 @@ class SolverRuns:
         count, batch, world = len(self.noises.latents), self.batch, self.world
         return [slice(a, min(a + batch, count)) for a in range(world.rank * batch, count, world.size * batch)]
 
-    def _slope(self, part: slice) -> Slope:
+    def _slope(self, part: slice, check: FiniteCheck) -> Slope:
         labels = self.noises.labels
-        return slope_of(self.stage.denoiser, None if labels is None else labels[part])
+        return slope_of(self.stage.denoiser, None if labels is None else labels[part], check)
 
     def _what(self, kind: str, scheme: Scheme, part: slice, **more: Any) -> Dict[str, Any]:
         """All that decides the rows of a batch."""
@@ -162,7 +165,7 @@ class SolverRuns:
         """Rows [M, n] of all processes; adds up their evaluations."""
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         rows[-1, 0] = self.stage.evaluations - before
-        rows = self.world.sum(rows.to(self.world.device)).cpu().numpy()
+        rows = self.world.sum(rows).numpy()
         self.evaluations += int(rows[-1, 0])
         return rows[:-1]
 
@@ -187,12 +190,14 @@ class SolverRuns:
 
     def _recorded(self, part: slice, scheme: Scheme) -> _Kept:
         """A batch from the first level to the last, and what each step began with."""
-        kept, past, x, slope = [], (), self._initial(part, scheme.levels), self._slope(part)
-        sigma, entry = torch.tensor(scheme.levels, device=x.device), self._entry(scheme)
+        x, check = self._initial(part, scheme.levels), FiniteCheck(self.noises.ends.device)
+        kept, past, slope = [], (), self._slope(part, check)
+        sigma, entry = torch.tensor(scheme.levels), self._entry(scheme)
         for k in range(len(sigma) - 1):
             recorder, start = _Recorder(slope), (x, past)
             x, past = integrate(recorder, x, sigma, entry, past, steps=[k])
             kept.append(_Start(*start, recorder.first))
+        check.settle()
         return _Kept(kept, x)
 
     @torch.no_grad()
@@ -234,13 +239,15 @@ class SolverRuns:
 
     def _products(self, moves: Iterator[_Move], part: slice, kept: _Kept) -> torch.Tensor:
         """jtj and jtr of a batch side by side, [B, P (P + 1)]: all that follows each move solved again."""
-        columns, slope, steps = [], self._slope(part), len(kept.starts)
+        check = FiniteCheck(self.noises.ends.device)
+        columns, slope, steps = [], self._slope(part, check), len(kept.starts)
         for scheme, first, size in moves:
-            start, sigma = kept.starts[first], torch.tensor(scheme.levels, device=kept.end.device)
+            start, sigma = kept.starts[first], torch.tensor(scheme.levels)
             x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self._entry(scheme), start.past,
                              steps=range(first, steps))
             columns.append((x - kept.end).flatten(1) / size)
             self.stage.tell()
+        check.settle()
         residual = (kept.end - self.noises.ends[part]).flatten(1)  # [B, d]
         J = torch.stack(columns, dim=1)  # [B, P, d]
         jtj = J @ J.transpose(1, 2) / residual.shape[1]
@@ -257,9 +264,11 @@ def solve_ends(
     runs, ends = SolverRuns(solver, Noises(latents, labels, zero), stage), zero.clone()
 
     def ends_of(part: slice) -> torch.Tensor:
-        x = runs._initial(part, levels)
-        sigma = torch.tensor(levels, device=x.device)
-        return integrate(runs._slope(part), x, sigma, solver, on_step=lambda *_: stage.tell())[0]
+        check = FiniteCheck(zero.device)
+        slope, x = runs._slope(part, check), runs._initial(part, levels)
+        x, _ = integrate(slope, x, torch.tensor(levels), solver, on_step=lambda *_: stage.tell())
+        check.settle()
+        return x
 
     before, world = stage.evaluations, stage.context.world
     with world.phase(), full_precision():
@@ -267,5 +276,5 @@ def solve_ends(
             what = runs._what("ends", Scheme(levels), part)
             found = stage.find(what)
             ends[part] = (stage.make(what, partial(ends_of, part)) if found is None else found).to(ends)
-    count = world.sum(torch.tensor([float(stage.evaluations - before)], dtype=torch.float64).to(world.device))
+    count = world.sum(torch.tensor([float(stage.evaluations - before)], dtype=torch.float64))
     return Noises(latents, labels, world.sum(ends)), int(count)

@@ -49,11 +49,14 @@ class World:
         lines: Optional[Lines] = None,
     ) -> None:
         self.rank, self.size, self._store, self._lines = rank, size, store, lines
-        self.device = device or torch.device("cpu")  # where tensors must be to be summed
+        self.device = device or torch.device("cpu")  # of this process's denoiser
         self._phases = 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes of their tensors, on every one; in place where there are several."""
+        """The sum over all processes of their tensors, on every one; in place where there are several.
+
+        It is taken on the host: a tensor of the host costs no copy.
+        """
         if self.size > 1:
             with self._together():
                 host = tensor.cpu()
@@ -186,7 +189,7 @@ def _packed(error: Optional[BaseException]) -> str:
 def world(device: str = "auto") -> Iterator[World]:
     """The processes that torchrun started (its environment tells), or this one alone.
 
-    Sums go through NCCL on GPUs, else through Gloo. From here on, all but process 0 print nothing.
+    Sums go through Gloo, on the host. From here on, all but process 0 print nothing.
 
     Args:
         device: see `resolve_device`.

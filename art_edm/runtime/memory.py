@@ -37,8 +37,6 @@ class NoMemory(Stopped):
 class _Summing(Protocol):
     """What `agree` needs of a `distributed.World`."""
 
-    device: torch.device
-
     def sum(self, tensor: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -159,7 +157,7 @@ def agree(batch: int, world: _Summing) -> int:
     """The least batch of all processes, on each of them; batches are powers of two."""
     found = torch.zeros(63)
     found[_power_below(batch).bit_length() - 1] = 1
-    return 1 << int(world.sum(found.to(world.device)).cpu().nonzero()[0])
+    return 1 << int(world.sum(found).nonzero()[0])
 
 
 @contextmanager

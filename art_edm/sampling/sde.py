@@ -97,7 +97,8 @@ class _Noise:
 
     def __call__(self) -> torch.Tensor:
         draws = [torch.randn(self.shape, generator=one, dtype=torch.float64) for one in self.generators]
-        return torch.stack(draws).to(self.device) if draws else torch.zeros((0, *self.shape), device=self.device)
+        drawn = torch.stack(draws) if draws else torch.zeros(0, *self.shape)
+        return drawn.to(self.device, non_blocking=True)
 
 
 def _check(beta: float, step: str) -> None:
