@@ -121,21 +121,24 @@ class Lab:
         """A metric by its detector's name and, where the reference and the folder of networks have it, FD-DINOv2."""
         metrics, detectors = [metric], {"detector": self.detector(detector, network, metric == "is")}
         weights, statistics = self.file(DINO), self.file(reference)
-        known = load_reference(str(statistics), quiet=True).sets if weights and statistics and metric != "is" else {}
+        known = load_reference(str(statistics), quiet=True).sets if weights and statistics else {}
         if "fd_dinov2" in known:
             metrics.append("fd_dinov2")
             detectors["dinov2"] = load_dinov2(str(weights), self.device, quiet=True)
         return Panel(metrics, detectors, IS_PARTS)
 
     def references(self, name: str, panel: Panel) -> Dict[str, Content]:
-        """Metric -> statistics of a data set: mnist:train, or an official file."""
+        """Metric -> statistics of a data set, mnist:train or an official file, for those that compare with one."""
+        comparing = [metric for metric in panel.metrics if METRICS[metric].needs_reference]
+        if not comparing:
+            return {}
         if name == "mnist:train":
             return mnist_reference("train", panel, self.device, self.store, self.mnist)
         reference = load_reference(str(self.file(name) or name), quiet=True)
-        for metric in panel.metrics:
+        for metric in comparing:
             detector = panel.detectors[METRICS[metric].detector]
             reference.notes_for(metric, detector.name, detector.sha256, detector.dim)
-        return {metric: reference.of(metric) for metric in panel.metrics}
+        return {metric: reference.of(metric) for metric in comparing}
 
     def run(self, network: Network, **settings: object) -> Run:
         """A run of ART-RL by the default recipe but for `settings`; kept."""

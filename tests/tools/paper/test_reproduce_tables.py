@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from paper import context as laboratory
 from paper.context import Lab
 from paper.experiments import TABLES
 from paper.report import Result, markdown, read_results, save_result, write_report
@@ -21,6 +22,7 @@ from art_edm.grids.grid import edm
 from art_edm.metrics.detectors import CallDetector
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.panel import Panel
+from art_edm.metrics.references import save_reference
 from art_edm.metrics.standard_errors import Measurement
 from art_edm.runtime.distributed import World
 from art_edm.runtime.store import Store
@@ -75,6 +77,24 @@ def test_a_second_metric_stands_beside_the_first(bench):
     result = SimpleNamespace(more={}, more_stderr={}, paper={})
     _comparisons({"edm": [cell]}, result)
     assert result.more["FD-DINOv2"] == {"edm": [cell.others["fd_dinov2"].mean]}
+
+
+@pytest.mark.parametrize("metric, compared", [("fid", ["fid", "fd_dinov2"]), ("is", ["fd_dinov2"])])
+def test_tables_7_and_8_have_fd_dinov2_where_the_reference_carries_it(bench, metric, compared, tmp_path, monkeypatch):
+    table, files = {"fid": TABLES["table7"], "is": TABLES["table8"]}[metric], tmp_path / "files"
+    second = CallDetector(StandIn(192, 3), "dinov2", "1" * 64, (1, 8, 8), torch.device("cpu"))
+    monkeypatch.setattr(laboratory, "load_detector", lambda *args, **options: bench.detector)
+    monkeypatch.setattr(laboratory, "load_dinov2", lambda *args, **options: second)
+    lab, network = replace(bench.lab, networks=files), bench.network
+    sets = {name: {"mu": np.zeros(dim), "sigma": np.eye(dim)} for name, dim in (("fid", 5), ("fd_dinov2", 3))}
+    files.mkdir()
+    save_reference(files / table.reference, sets, 10, {})
+    alone = lab.panel(table.metric, table.detector, table.reference, network)
+    assert alone.metrics == [metric]  # without DINOv2's weights
+    (files / laboratory.DINO).touch()
+    panel = lab.panel(table.metric, table.detector, table.reference, network)
+    assert panel.metrics == [metric, "fd_dinov2"] and list(lab.references(table.reference, panel)) == compared
+    assert list(lab.references(table.reference, alone)) == compared[:-1]
 
 
 def test_yardsticks_are_the_floor_and_as_many_test_images(bench, monkeypatch):

@@ -84,7 +84,7 @@ def run_images(experiment: Experiment, lab: Lab) -> Result:
     scores = experiment.metric == "is"
     panel = lab.panel(experiment.metric, experiment.detector, experiment.reference, network)
     detector = panel.detectors["detector"]
-    references = {} if scores else lab.references(experiment.reference, panel)
+    references = lab.references(experiment.reference, panel)
     bench = Bench(experiment, network, panel, references, decode, lab, lab.work())
     cells = _measure(bench, table)
     fid = {"lenet": "LeNet-FID", "resnet": "CIFAR-FID"}.get(detector.name, "FID")
