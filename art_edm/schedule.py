@@ -44,6 +44,7 @@ from art_edm.refining.config import RefineConfig
 from art_edm.refining.refine import check_refinable, refine_grids
 from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import World, world
+from art_edm.runtime.progress import GracefulStop
 from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.budget import candidates, recommended, steps_of
@@ -140,7 +141,7 @@ def learn_schedule(
             goal = _Goal(wanted, paths, out is not None and named)
             job = _Job(loaded, config, options, here, goal)
             job.seconds["load"] = time.perf_counter() - began
-        with _range(loaded.denoiser, options):
+        with _range(loaded.denoiser, options), GracefulStop():  # asked between two stages, the next one ends
             with here.phase():
                 job.check()
             if not options.quiet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from art_edm.measure.field import rms
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network
+from art_edm.runtime.errors import Stopped
 from art_edm.sampling.budget import candidates, recommended, steps_of
 from art_edm.sampling.solvers import nfe, sample
 from art_edm.schedule import ScheduleOptions, learn_schedule, parse_steps
@@ -265,6 +267,19 @@ def test_what_it_costs_is_what_was_evaluated():
     record = learn_schedule(model, options=replace(DIRECT, nfe=(3, 5), refine=True))[5].record
     assert record["evaluations"] == model.evaluations
     assert list(record["evaluations_by_stage"]) == ["step", "profile", "rl", "ends", "choose", "start", "refine"]
+
+
+def test_a_signal_between_two_stages_stops_the_next_one_and_keeps_the_first(tmp_path, monkeypatch):
+    options, refine_grids = replace(DIRECT, refine=True), schedule.refine_grids
+
+    def between(*args, **given):
+        os.kill(os.getpid(), signal.SIGTERM)  # without anyone to ask, it would end this process
+        return refine_grids(*args, **given)
+
+    monkeypatch.setattr(schedule, "refine_grids", between)
+    with pytest.raises(Stopped, match="stopped during .*; what was finished is in .*a.unfinished, run the same"):
+        learn_schedule("gaussian:0.5", [3], options, str(tmp_path / "a.npy"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.unfinished"]
 
 
 def test_one_evaluation_has_nothing_to_choose_or_refine():

@@ -81,7 +81,7 @@ GEN_HELP = {
 @click.option("--class", "class_idx", type=click.IntRange(0), metavar="INT",
               help="Class of all images.  [default: random]")
 @click.option("--grid", "grids", default="edm", show_default=True, callback=several(), metavar="LIST",
-              help="Rules and files: edm,dpm,uniform,F.npy,F{steps}.npy,NAME=F.npy.")
+              help="Rules and files with commas between: edm, dpm, uniform, F.npy, F{steps}.npy or NAME=F.npy.")
 @click.option("--steps", default="18", show_default=True, callback=_steps, metavar="LIST", help="Numbers of steps.")
 @click.option("--solver", "solvers", default="heun", show_default=True, callback=several(lambda: SOLVERS),
               metavar="LIST", help=", ".join(SOLVERS) + ".")

@@ -46,7 +46,7 @@ def detector_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which networks see the images, and how."""
     return _with(command, [
         click.option("--metrics", callback=several(lambda: METRICS), metavar="LIST",
-                     help=f"{', '.join(METRICS)}: one or several.  [default: what an EDM2 reference has, else fid]"),
+                     help=f"{', '.join(METRICS)}, one or several.  [default: fid; of an EDM2 --ref all it has]"),
         click.option("--detector", default="inception", show_default=True, metavar="NAME|PT|PKL|URL",
                      help="inception, lenet, resnet.pt of train_cifar10.py, or a network called like Inception."),
         click.option("--detector-sha256", metavar="HEX",

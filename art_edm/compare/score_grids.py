@@ -188,7 +188,8 @@ class _Ends(NamedTuple):
         panel = replace(panel, metrics=[name for name in panel.metrics if METRICS[name].needs_reference])
         groups = panel.groups(len(points))
         accumulators = Accumulators(panel, len(points), groups, network.denoiser.device)
-        what = {**self.samples.what, "kind": "metrics of end points", "panel": panel.identity, "groups": groups}
+        what = {**self.samples.what, "kind": "metrics of end points", "panel": panel.identity, "groups": groups,
+                "decoded": self.plan.decode is not None}
 
         def made() -> Content:
             found = Accumulators(panel, len(points), groups, network.denoiser.device)

@@ -275,7 +275,7 @@ def pixels_of(blob: bytes) -> np.ndarray:
 
 
 def _damaged(error: Exception, blob: bytes) -> str:
-    if "MAX_TEXT_CHUNK" in str(error) or "MAX_TEXT_MEMORY" in str(error):
+    if any(text in str(error) for text in ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "Decompressed Data Too Large")):
         return "found more than 1 MB of text beside the pixels, expected an image; remove the metadata"
     if "exceeds limit" in str(error):
         return f"found an image too large to decode safely ({str(error).split(',')[0]}), expected fewer pixels"

@@ -8,13 +8,17 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
+import importlib.util
 import os
 import re
 import sys
+import sysconfig
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 from urllib.parse import urlsplit
 
 import torch
@@ -188,6 +192,7 @@ def _made(spec: str, device: Union[str, torch.device]) -> Network:
     try:
         factory = getattr(importlib.import_module(module), name)
         made = factory()
+        sources = _own_sources(module)
     except Exception as error:  # whatever the user's code raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         hint = "; put its folder on PYTHONPATH" if isinstance(error, ImportError) else ""
@@ -200,14 +205,45 @@ def _made(spec: str, device: Union[str, torch.device]) -> Network:
                            "network like EDM's becomes one by art_edm.models.nvlabs.NetworkDenoiser(net)")
     made = made.to(device).eval().requires_grad_(False)
     digest = hashlib.sha256()
-    for source in sorted({module, *(type(part).__module__ for part in made.modules())}):  # files of all its classes
+    for source in {type(part).__module__ for part in made.modules()} - set(sources):  # classes of installed packages
         path = getattr(sys.modules.get(source), "__file__", None)
         if path and not source.startswith("torch."):
-            digest.update(Path(path).read_bytes())
+            sources[source] = Path(path).read_bytes()
+    for source in sorted(sources):
+        digest.update(sources[source])
     for key, value in made.state_dict().items():
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return Network(made, name, digest.hexdigest(), {"factory": spec})
+
+
+def _own_sources(module: str) -> Dict[str, bytes]:
+    """Name -> content of the file of `module` and of all that it imports, in turn, but for installed packages."""
+    known = {Path(sysconfig.get_path("stdlib")).resolve(), Path(__file__).resolve().parents[1]}
+    found: Dict[str, bytes] = {}
+    queue = [module]
+    while queue:
+        name = queue.pop()
+        with suppress(ImportError, AttributeError, ValueError, OSError, SyntaxError):  # of what is no module
+            spec = None if name in found else importlib.util.find_spec(name)
+            path = Path(spec.origin).resolve() if spec and spec.has_location and spec.origin else None
+            installed = path and ({"site-packages", "dist-packages"} & set(path.parts) or known & set(path.parents))
+            if path and (not installed or name.split(".")[0] == module.split(".")[0]):
+                found[name] = path.read_bytes()
+                queue += _imports(found[name], spec.parent)
+    return found
+
+
+def _imports(source: bytes, package: str) -> List[str]:
+    """Names that a module's source imports anywhere in it, functions too; some may be no modules."""
+    names: List[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return names
 
 
 def _gaussian(spec: str) -> GaussianDenoiser:

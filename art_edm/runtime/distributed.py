@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import FrameType
 from typing import Any, Iterator, List, Optional, Set, Tuple
 
@@ -103,7 +104,7 @@ class World:
             self._store.set(f"left/{self.rank}", "1")
         end, others = time.monotonic() + _FAREWELL, set(range(self.size)) if self.rank == 0 else set()
         while others and time.monotonic() < end:
-            others = {rank for rank in others - self.lost() if not self._store.check([f"left/{rank}"])}
+            others = {rank for rank in others - self.lost() if not _has(self._store, f"left/{rank}")}
             time.sleep(_POLL if others else 0)
 
     def check(self) -> None:
@@ -113,7 +114,7 @@ class World:
         if self.lost():
             raise _ended(min(self.lost()))
         try:
-            failed = self._store.check([f"failed/{self._phases}"])
+            failed = _has(self._store, f"failed/{self._phases}")
         except RuntimeError:
             raise _ended(0) from None
         if failed:
@@ -149,8 +150,8 @@ class World:
         self._store.set(f"{prefix}/{self.rank}", _packed(error))
         for rank in range(self.size):
             key = f"{prefix}/{rank}"
-            while not self._store.check([key]):  # a plain get gives up after minutes
-                if rank in self.lost() and not self._store.check([key]):
+            while not _has(self._store, key):  # a plain get gives up after minutes
+                if rank in self.lost() and not _has(self._store, key):
                     self._store.set(key, _packed(_ended(rank)))  # in its place, so that all see it
                 time.sleep(_POLL)
             kind, text = json.loads(self._store.get(key))
@@ -167,6 +168,19 @@ _KINDS = {
     "connection": ConnectionError, "os": OSError, "value": ValueError, "floating": FloatingPointError,
     "stopped": Stopped, "output": NonFiniteOutput,
 }
+
+
+def _has(store: Any, key: str) -> bool:
+    """Whether a key is there; a RuntimeError where the store itself is not. torch 2.0 to 2.2 can only wait for it."""
+    if hasattr(store, "check"):
+        return store.check([key])
+    try:
+        store.wait([key], timedelta(milliseconds=1))
+    except RuntimeError as error:
+        if "imeout" not in str(error):
+            raise
+        return False
+    return True
 
 
 def _ended(rank: Optional[int]) -> ConnectionError:
@@ -247,7 +261,7 @@ def _wait(printed: Any) -> None:
     """Let process 0 print the error; torchrun stops all processes as soon as one has ended with an error."""
     end = time.monotonic() + _FAREWELL
     try:
-        while time.monotonic() < end and not printed.check(["printed"]):
+        while time.monotonic() < end and not _has(printed, "printed"):
             time.sleep(_POLL)
     except RuntimeError:  # process 0 held the store and has ended
         pass

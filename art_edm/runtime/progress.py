@@ -57,18 +57,22 @@ def _clock(seconds: float) -> str:
 class GracefulStop:
     """Context in which Ctrl-C and SIGTERM set `requested` instead of ending the process.
 
-    A loop tests `stop.requested` between steps, saves and leaves. A second Ctrl-C interrupts at once.
+    A loop tests `stop.requested` between steps, saves and leaves. A second Ctrl-C interrupts at once. One within
+    another takes over what the outer was asked, and leaves it what it was asked itself: nothing is lost between two.
     Outside the main thread, where Python allows no handlers, it changes nothing.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._old: dict = {}
+        self._outer: object = None  # whose method the handler before was
 
     def __enter__(self) -> "GracefulStop":
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self._old[number] = signal.signal(number, self._handle)
+                old = self._old[number] = signal.signal(number, self._handle)
+                self._outer = getattr(old, "__self__", None)
+                self.requested |= getattr(self._outer, "requested", False)
             except ValueError:  # not the main thread
                 break
         return self
@@ -83,3 +87,5 @@ class GracefulStop:
     ) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        if isinstance(self._outer, GracefulStop):
+            self._outer.requested |= self.requested

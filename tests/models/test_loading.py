@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import pickle
 import re
@@ -304,6 +305,46 @@ def test_a_factory_whose_code_changes_is_another_network(where, tmp_path, monkey
     first = identity(OWN_CODE)
     assert identity(OWN_CODE) == first
     assert identity(OWN_CODE.replace("0.5", "0.6")) != first
+
+
+PLAIN = """
+from art_edm.models.denoiser import Denoiser
+class Own(Denoiser):
+    def denoise(self, x, sigma, labels):
+        {inside}
+        return shrink(x)
+def make(): return Own(1, 2)
+"""
+
+
+@pytest.mark.parametrize("top, inside, file", [
+    ("from own_helper import shrink", "", "own_helper.py"), ("import own_helper; shrink = own_helper.shrink", "", None),
+    ("", "from own_helper import shrink", "own_helper.py"), ("from own_far import shrink", "", "own_helper.py"),
+    ("from own_package.inner import shrink", "", "own_package/inner.py"),
+])
+def test_a_plain_function_of_another_module_is_a_part_of_the_network(top, inside, file, tmp_path, monkeypatch):
+    """Functions have no class that names their module: imported at the top, in a function, or from a third module."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").touch()
+    (tmp_path / "own_far.py").write_text("from own_helper import shrink\n")
+    (tmp_path / "own_beside.py").write_text("value = 1\n")
+    (tmp_path / "own_factory.py").write_text(top + PLAIN.format(inside=inside))
+
+    def identity(factor):
+        for name in [name for name in sys.modules if name.startswith("own_")]:
+            sys.modules.pop(name)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        (tmp_path / (file or "own_helper.py")).write_text(f"def shrink(x): return {factor} * x\n")
+        importlib.invalidate_caches()
+        network = load_network("own_factory:make")
+        return network.identity, float(network.denoiser(torch.ones(1, 1, 2, 2), 1.0)[0, 0, 0, 0])
+
+    first = identity(0.5)
+    (tmp_path / "own_beside.py").write_text("value = 2\n")  # nothing imports it
+    assert identity(0.5) == first and first[1] == 0.5
+    other = identity(0.25)
+    assert other[0] != first[0] and other[1] == 0.25
 
 
 # --- addresses ---------------------------------------------------------------------------------------

@@ -63,13 +63,20 @@ def test_a_second_ctrl_c_interrupts_at_once_but_a_second_sigterm_does_not():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_stops_nest():
+def test_stops_nest_and_nothing_is_lost_between_two():
+    with GracefulStop() as outer:
+        with GracefulStop() as first:
+            assert not first.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # between two stages
+        with GracefulStop() as second:
+            assert second.requested and outer.requested
     with GracefulStop() as outer:
         with GracefulStop() as inner:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert inner.requested and not outer.requested
-        os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # too late for the inner to look
+            assert inner.requested and not outer.requested
         assert outer.requested
+    with GracefulStop() as other:
+        assert not other.requested
 
 
 def test_outside_the_main_thread_it_changes_nothing():
