@@ -9,6 +9,7 @@
     options = ScheduleOptions(refine=True, solver="heun", quiet=False)
     learn_schedule("edm-cifar10-32x32-uncond-vp.pkl", (18,), options, out="cifar{steps}.npy")
     learn_schedule("mnist", options=ScheduleOptions(nfe=(4, 6)))     # 4 and 6 evaluations: solver and K are chosen
+    learn_schedule("mnist", (5,), ScheduleOptions(refine="weights")) # the record has the weights of each step, too
     learn_schedule(my_denoiser, steps=(8,))                          # any `art_edm.models.denoiser.Denoiser`
 
 Symbols
@@ -34,6 +35,7 @@ import torch
 
 from art_edm.grids.grid import Grid, GridError, check_grid_destination, load_provenance, save_grid
 from art_edm.grids.plots import check_plotting
+from art_edm.grids.weights import WEIGHTS, written_rows
 from art_edm.learning.config import PRESETS, TrainConfig, live
 from art_edm.learning.provenance import provenance
 from art_edm.learning.training import TrainResult, train
@@ -48,11 +50,13 @@ from art_edm.runtime.progress import GracefulStop
 from art_edm.runtime.store import Store
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.budget import candidates, recommended, steps_of
-from art_edm.sampling.solvers import check_steps, fitted, order_of
+from art_edm.sampling.solvers import SOLVERS, check_steps, fitted, order_of
 
 __all__ = ["Schedule", "ScheduleOptions", "learn_schedule", "parse_steps"]
 
 OBJECTIVES = ("art", "solver", "sde")
+REFINEMENTS = ("levels", "weights")
+WEIGHTS_SOLVER = "clock"  # from whose weights refinement begins, where no other is asked for
 MAX_STEPS = 100_000
 DECIDING = ("num_steps", "network", "settings", "objective", "solver", "candidates", "refine", "sigma_min", "sigma_max")
 
@@ -71,8 +75,10 @@ class ScheduleOptions:
     trajectories: Optional[int] = None  # dense trajectories, at most
     seed: int = 0  # of all randomness
     objective: str = "art"  # art: |Q|, as in the paper; solver: the local errors of `solver`; sde: of the reverse SDE
-    solver: Optional[str] = None  # of objective "solver", `refine` and `nfe`; None: heun, with `nfe` chosen
-    refine: bool = False  # then move the levels to where `solver` ends nearest to the exact solution
+    solver: Optional[str] = None  # of objective "solver", `refine` and `nfe`; None: heun, for weights clock, with `nfe`
+    # chosen
+    refine: Union[bool, str] = False  # then move the levels to where `solver` ends nearest to the exact solution: True
+    # or "levels"; "weights": those of each step, too, beginning with the solver's
     nfe: Optional[Sequence[int]] = None  # numbers of evaluations per image, in place of steps: `budget.recommended`
     # says by which solver, with `refine` the one of `budget.candidates` that ends nearest on validation noises
     sigma_max: Optional[float] = None  # first noise level
@@ -178,7 +184,8 @@ def _wanted(steps: Optional[Sequence[int]], options: ScheduleOptions) -> Wanted:
     """What is asked for. Several solvers under one key are those of which refinement chooses one."""
     solver = options.solver
     if options.nfe is None:
-        solver = solver or ("heun" if options.refine or options.objective == "solver" else None)
+        default = WEIGHTS_SOLVER if options.refine == "weights" else "heun"
+        solver = solver or (default if options.refine or options.objective == "solver" else None)
         return {k: {solver: k} for k in _checked_steps((18,) if steps is None else steps)}
     evaluations = _checked_steps(options.nfe)
     given = f"found --nfe={','.join(map(str, evaluations))}"
@@ -191,7 +198,8 @@ def _wanted(steps: Optional[Sequence[int]], options: ScheduleOptions) -> Wanted:
     if options.objective == "sde":
         raise ValueError(f"{given} with --objective=sde, but it chooses a deterministic solver; leave one of them out")
     names = lambda n: (solver,) if solver else candidates(n) if options.refine else (recommended(n),)
-    return {n: {name: steps_of(name, n) for name in names(n)} for n in evaluations}
+    single = lambda name: solver or options.refine != "weights" or SOLVERS[name].stages == 1
+    return {n: {name: steps_of(name, n) for name in names(n) if single(name)} for n in evaluations}
 
 
 def _config(options: ScheduleOptions) -> TrainConfig:
@@ -201,6 +209,8 @@ def _config(options: ScheduleOptions) -> TrainConfig:
             found, more = getattr(options, name), "; --refine does more for fewer evaluations"
             gone = more if found == "endpoint" else ""
             raise ValueError(f"found --{name}={found}, expected {', '.join(known)}{gone}")
+    if options.refine not in (False, True, *REFINEMENTS):
+        raise ValueError(f"found --refine={options.refine}, expected {' or '.join(REFINEMENTS)}")
     if options.solver is not None:
         order_of(options.solver)
         if options.objective != "solver" and not options.refine and options.nfe is None:
@@ -349,7 +359,8 @@ class _Job:
         """What needs the network, and not yet its evaluation."""
         check_steps(self.denoiser, self.most_steps)
         if self.options.refine:
-            check_refinable(self.denoiser, self.solvers[0])
+            for solver in self.solvers:
+                check_refinable(self.denoiser, solver, self.options.refine == "weights")
         for key, path in self.goal.paths.items():
             check_grid_destination(path)
             if not self.options.force:
@@ -365,7 +376,8 @@ class _Job:
         network, denoiser, solvers = self.network, self.denoiser, self.goal.wanted[key]
         record = {
             "network": {"name": network.name, "sha256": network.sha256, **network.details},
-            "settings": config.settings(), "objective": self.options.objective, "refine": self.options.refine,
+            "settings": config.settings(), "objective": self.options.objective,
+            "refine": True if self.options.refine == "levels" else self.options.refine,
             "sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max,
         }
         if self.options.nfe is not None:
@@ -388,8 +400,9 @@ class _Job:
                                               + config.recipe.simpson)
             cost = f"{each * config.iterations:,}" if config.rollout == "live" else "no"
             stages.append(f"ART-RL, {config.iterations} iterations, {cost} evaluations")
-        if self.options.refine and self.most_steps > 1:
-            stages.append(f"refinement for {' or '.join(self.solvers)}, as many evaluations as it takes")
+        if self.options.refine and (self.most_steps > 1 or self.options.refine == "weights"):
+            what = "of levels and weights, from" if self.options.refine == "weights" else "for"
+            stages.append(f"refinement {what} {' or '.join(self.solvers)}, as many evaluations as it takes")
         asked = "K" if self.options.nfe is None else "NFE"
         return [f"{self.network.name} on {device_name(self.world.device)}, noise levels from {denoiser.sigma_max:g} to "
                 f"{denoiser.sigma_min:g}{more}", f"{asked} = {', '.join(map(str, self.goal.wanted))}: "
@@ -423,12 +436,16 @@ class _Job:
         records: Dict[int, Dict[str, Any]], context: Context,
     ) -> Dict[int, Grid]:
         """The refined grids; what they cost becomes stages of `result`, what was found a part of the records."""
-        own_clock = self.options.objective != "solver"
-        found = refine_grids(self.denoiser, grids, RefineConfig(seed=seed), context, own_clock)
+        weights = self.options.refine == "weights"
+        own_clock = self.options.objective != "solver" and not weights
+        settings = RefineConfig.of_weights(seed=seed) if weights else RefineConfig(seed=seed)
+        found = refine_grids(self.denoiser, grids, settings, context, own_clock)
         result.evaluations.update(found.evaluations)
         result.seconds.update(found.seconds)
         for key, one in found.results.items():
             records[key].update(refined=one.record(), solver=one.settings["solver"], num_steps=one.grid.num_steps)
+            if one.weights is not None:
+                records[key][WEIGHTS] = written_rows(one.weights)
         for key, errors in found.tried.items():
             records[key]["tried"] = {solver: {"num_steps": self.goal.wanted[key][solver], **error._asdict()}
                                      for solver, error in errors.items()}

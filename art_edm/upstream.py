@@ -3,7 +3,8 @@
 Symbols
 -------
 grid         the noise levels of a .npy, used as they are: `--schedule=FILE.npy`
-grid_solver  a solver of `solvers.SOLVERS` to take that grid with, instead of upstream's own: `--solver=NAME`
+grid_solver  a solver of `solvers.SOLVERS` to take that grid with, instead of upstream's own: `--solver=NAME`; or the
+             method of the weights in the grid's sidecar (`grids.weights`)
 t_steps      noise levels of upstream's samplers, [K + 1], on their device and in their dtype
 
 Where no .npy is given, a patched script computes what the unpatched one computes, to the bit.
@@ -28,6 +29,7 @@ from art_edm.grids.grid import (
     load_provenance,
     sidecar_path,
 )
+from art_edm.grids.weights import recorded_weights, stale_weights
 
 __all__ = ["grid_levels", "schedule_option", "solve"]
 
@@ -75,12 +77,12 @@ def grid_levels(
 
 
 def solve(
-    grid_solver: str, grid: Any, denoise: Callable[[Any, Any], Any], noise: Any, t_steps: Any, S_churn: float = 0
+    grid_solver: Any, grid: Any, denoise: Callable[[Any, Any], Any], noise: Any, t_steps: Any, S_churn: float = 0
 ) -> Any:
     """Sample by a solver of `solvers.SOLVERS`, in the precision of upstream's sampler.
 
     Args:
-        grid_solver: its name.
+        grid_solver: its name, or an entry of one's own.
         grid: as a sampler was given it; None is an error.
         denoise: D(x [B, C, H, W], sigma []), labels and guidance in it.
         noise: unit normal, [B, C, H, W].
@@ -113,13 +115,15 @@ class _File(NamedTuple):
     path: str
     grid: Grid
 
-    def solver(self) -> Optional[str]:
-        """The solver that the sidecar names, None if it names none; what is wrong with a sidecar is said."""
+    def record(self) -> Dict[str, Any]:
+        """The sidecar, {} if there is none; what is wrong with one is said, and an error where it has weights."""
         try:
-            return load_provenance(self.path).get("solver")
+            return load_provenance(self.path)
         except GridError as error:
+            if stale_weights(self.path):
+                raise click.UsageError(f"{error}, or say with --solver=NAME to take no weights of it") from None
             _say(f"note: {error}")
-            return None
+            return {}
 
 
 class _Unusable(click.ClickException):
@@ -157,8 +161,8 @@ class _ScheduleOption(click.Option):
 def schedule_option(command: click.Command) -> click.Command:
     """Decorator, above `@click.command()`: `--schedule=FILE.npy`, beside the values upstream has for it, if any.
 
-    With it, `--solver` takes the names of `solvers.SOLVERS` too; without `--solver`, a solver that the grid's sidecar
-    names is used. The command's function then gets `grid`, its number
+    With it, `--solver` takes the names of `solvers.SOLVERS` too; without `--solver`, the weights of the grid's sidecar
+    are used, or the solver that it names. The command's function then gets `grid`, its number
     of steps and, for a solver that upstream lacks, `grid_solver`; without a .npy it gets what it got before.
     """
     old = next((p for p in command.params if p.name == "schedule"), None)
@@ -240,7 +244,7 @@ def _with_solver(options: Dict[str, Any], theirs: Sequence[str], files: Sequence
     """The options with a `solver` that upstream lacks as `grid_solver`; usage errors for what does not go with it."""
     solver = options.get("solver")
     if solver is None and files:
-        solver = _recorded_solver(files[0])
+        solver = _recorded_solver(files[0], options["num_steps"])
         if theirs and solver in theirs and solver != "heun":  # without a name, EDM's sampler is Heun's
             options = {**options, "solver": solver}
     if not theirs:  # upstream's sampler is Heun's and has no name
@@ -251,18 +255,29 @@ def _with_solver(options: Dict[str, Any], theirs: Sequence[str], files: Sequence
         raise click.UsageError(f"found --solver={solver} without a grid; add --schedule=FILE.npy")
     for name, default in _STOCHASTIC.items():
         if options.get(name, default) != default:
-            raise click.UsageError(f"found --{name} with --solver={solver}, which adds no noise; leave out one of them")
+            what = f"--solver={solver}, which adds" if isinstance(solver, str) else "the grid's weights, which add"
+            raise click.UsageError(f"found --{name} with {what} no noise; leave out one of them")
     return {**options, **({"solver": None} if theirs else {}), "grid_solver": solver}
 
 
-def _recorded_solver(file: _File) -> Optional[str]:
-    """The solver of the grid's sidecar, said in one line."""
+def _recorded_solver(file: _File, num_steps: int) -> Any:
+    """The weights of the grid's sidecar as a solver, or the name of its solver, None for neither; said in one line."""
     from art_edm.sampling.solvers import SOLVERS
+    from art_edm.sampling.weighted import weighted
 
-    solver = file.solver()
+    record, name, steps = file.record(), sidecar_path(file.path).name, file.grid.num_steps
+    try:
+        weights = recorded_weights(record, steps)
+    except GridError as error:
+        raise click.UsageError(f"{name}: {error}, or name a solver with --solver") from None
+    if weights is not None:
+        if not _given(click.get_current_context(), "num_steps") or num_steps == steps:
+            _say(f"Weights of {name} for its {steps} steps; --solver=NAME takes a solver without them.")
+            return weighted(weights)
+        _say(f"note: the weights of {name} are for {steps} steps, not {num_steps}; they are left out")
+    solver = record.get("solver")
     if solver is None:
         return None
-    name = sidecar_path(file.path).name
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise click.UsageError(f"found the solver {solver!r} in {name}, expected one of {', '.join(SOLVERS)}; "
                                "say which with --solver")

@@ -58,10 +58,13 @@ GROUPS = {
               metavar="[art|solver|sde]",
               help="What the clock minimises: |Q| theta^2, as in the paper; the local errors of --solver; sde: of the "
                    "steps of the reverse SDE.")
-@click.option("--refine", is_flag=True,
-              help="Then move the levels to where --solver ends nearest to the exact solution.")
+@click.option("--refine", is_flag=False, flag_value="levels", default=None, metavar="[=levels|weights]",
+              type=click.Choice(["levels", "weights"]),
+              help="Then move the levels to where --solver ends nearest to the exact solution; weights: those of each "
+                   "step, too, for 3 to 10 steps. The sidecar has them, and patched scripts use them.")
 @click.option("--solver", default=None, metavar="NAME",
-              help="Of --refine, --objective=solver and --nfe: euler, heun, rk4, ...  [default: heun; chosen by --nfe]")
+              help="Of --refine, --objective=solver and --nfe: euler, heun, rk4, ...  [default: heun, of weights "
+                   "clock; chosen by --nfe]")
 @click.option("--device", default="auto", help="Where the denoiser runs: auto, cpu, cuda, ...")
 @click.option("--resume", is_flag=True, help="Refuse unfinished work of other settings; a run that was stopped "
                                              "continues without it, too.")
@@ -75,6 +78,7 @@ def main(network: str, steps: Optional[str], nfe: Optional[str], out: Optional[s
       python tools/train_schedule.py --network=mnist
       python tools/train_schedule.py --network=mnist --steps=2,3,5,7,10,18 --out='art_{steps}.npy' --plot
       python tools/train_schedule.py --network=mnist --nfe=6 --refine
+      python tools/train_schedule.py --network=mnist --steps=5 --refine=weights
       python tools/train_schedule.py --network=edm-cifar10-32x32-uncond-vp.pkl --out=art_cifar18.npy
       python tools/train_schedule.py --network=edm2.pkl --gnet=edm2-uncond.pkl --guidance=1.4 --steps=32
     """
@@ -83,6 +87,7 @@ def main(network: str, steps: Optional[str], nfe: Optional[str], out: Optional[s
 
     steps, nfe = (None if text is None else parse_steps(text) for text in (steps, nfe))
     pattern = out or f"art_{{network}}{'{steps}' if nfe is None else '_nfe{nfe}'}.npy"
+    given["refine"] = given["refine"] or False
     learned = learn_schedule(network, steps, ScheduleOptions(nfe=nfe, **given), pattern)
     if not given["quiet"]:
         click.echo("\n".join(summary(list(learned.values()), given["plot"], given["preset"] == "paper")))
@@ -101,8 +106,10 @@ def summary(learned: List[Any], plotted: bool, each: bool) -> List[str]:
         lines += choice(record) + table(record)
         if "refined" in record:
             before, after = record["refined"]["error_before"], record["refined"]["error_after"]
+            with_weights = " with the weights" if "weights" in record else ""
             lines.append(f"end-point error of {record['solver']} on validation noises: {before['mean']:.4g} before, "
-                         f"{after['mean']:.4g} +- {after['mean_stderr']:.2g} refined (median {after['median']:.4g})")
+                         f"{after['mean']:.4g} +- {after['mean_stderr']:.2g} refined{with_weights} (median "
+                         f"{after['median']:.4g})")
         lines.append(f"wrote {path} and {path.with_suffix('.json').name}" + f" and {path.stem}.png" * plotted)
         if each or grid is learned[-1].grid:
             lines.append(costs(record, peak_memory()))

@@ -12,15 +12,18 @@ The sum of a row need not be 1.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from art_edm.grids.grid import GridError
+from art_edm.grids.grid import GridError, sidecar_path
+from art_edm.runtime.files import PathLike
 
-__all__ = ["WEIGHTS", "checked_rows", "recorded_weights", "written_rows"]
+__all__ = ["WEIGHTS", "checked_rows", "recorded_weights", "stale_weights", "written_rows"]
 
 WEIGHTS = "weights"  # the sidecar's key
+MAX_WEIGHT = 1e6  # of extrapolation they are a few units; a larger one is no weight
 _REMEDY = "learn them with train_schedule.py --refine=weights"
 
 
@@ -35,9 +38,9 @@ def checked_rows(rows: Any, num_steps: int) -> np.ndarray:
             found = f"{len(row)} weights" if isinstance(row, (list, tuple)) else repr(row)[:60]
             raise GridError(f"found {found} in row {k}, expected 1 to {k + 1}, those of slopes there are; {_REMEDY}")
         for j, weight in enumerate(row):
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not np.isfinite(weight):
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) <= MAX_WEIGHT:
                 found = f"found {repr(weight)[:60]} as weight {j} of row {k}"
-                raise GridError(f"{found}, expected a finite number; {_REMEDY}")
+                raise GridError(f"{found}, expected a number of at most {MAX_WEIGHT:g} in size; {_REMEDY}")
             table[k, j] = weight
     return table
 
@@ -50,3 +53,11 @@ def written_rows(table: np.ndarray) -> List[List[float]]:
 def recorded_weights(record: Dict[str, Any], num_steps: int) -> Optional[np.ndarray]:
     """The table [K, K] of a grid's record, None where it has none; a GridError for one that does not fit."""
     return None if record.get(WEIGHTS) is None else checked_rows(record[WEIGHTS], num_steps)
+
+
+def stale_weights(path: PathLike) -> bool:
+    """Whether the sidecar of a grid, one that `load_provenance` refuses, has weights: they are another grid's."""
+    try:
+        return WEIGHTS in json.loads(sidecar_path(path).read_bytes())
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False

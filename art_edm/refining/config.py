@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Any, Tuple
 
 __all__ = ["RefineConfig"]
 
@@ -27,3 +27,8 @@ class RefineConfig:
     weights: bool = False  # the weights of each step are moved, too
     free: int = 4  # newest slopes of a step whose weights are moved
     ridges: Tuple[float, ...] = (0.0,)  # rho of the weights, one after the other
+
+    @classmethod
+    def of_weights(cls, **changed: Any) -> "RefineConfig":
+        """For levels and weights: more noises, whose exact paths need not be as fine where few steps are taken."""
+        return cls(**{"weights": True, "noises": 64, "fine_steps": 20, **changed})

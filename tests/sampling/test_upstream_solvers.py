@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,53 @@ def test_a_sidecar_that_names_no_solver_of_ours(run, names):
     Path("n5.json").write_text("{}")  # of another file
     result, seen = run(names, "--schedule=n5.npy")
     assert result.exit_code == 0 and "note: n5.json: found the provenance of another file" in result.output
+
+
+ROWS = [[0.9], [1.25, -0.5], [1.5, -0.75, 0.25]]
+
+
+@BOTH
+def test_the_sidecar_s_weights_are_used_and_said(run, names, monkeypatch):
+    grid, net = edm(3, 0.002, 80), GaussianDenoiser(0.0, 0.25, (3, 4, 4))
+    save_grid("w3.npy", grid, {"solver": "clock", "weights": ROWS})
+    result, seen = run(names, "--schedule=w3.npy")
+    assert result.exit_code == 0 and seen["grid"] == grid and seen["num_steps"] == 3
+    assert result.output == "Weights of w3.json for its 3 steps; --solver=NAME takes a solver without them.\n"
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = lambda solver: solve(solver, grid, lambda x, sigma: net(x, sigma), noise, torch.tensor(grid.values))
+    by_hand, slopes = noise * 80, []  # step after step, from the rows as they are written
+    for k, row in enumerate(ROWS):
+        slopes.insert(0, (by_hand - net(by_hand, torch.tensor(grid.values[k]))) / grid.values[k])
+        by_hand = by_hand + (grid.values[k + 1] - grid.values[k]) * sum(w * f for w, f in zip(row, slopes))
+    assert torch.allclose(ends(seen["grid_solver"]), by_hand, rtol=1e-12, atol=1e-12)
+    assert (ends("clock") - by_hand).abs().max() > 1e-3  # the twin
+    assert run(names, "--schedule=w3.npy", "--steps=3")[0].output == result.output
+    result, seen = run(names, "--schedule=w3.npy", "--solver=dpmpp2m")  # overrides
+    assert seen["grid_solver"] == "dpmpp2m" and result.output == ""
+    result, seen = run(names, "--schedule=w3.npy", "--steps=5")  # they cannot be resampled
+    assert seen["grid_solver"] == "clock" and seen["grid"].num_steps == 5
+    assert "note: the weights of w3.json are for 3 steps, not 5; they are left out\nSolver clock" in result.output
+    result, seen = run(names, "--schedule=w3.npy", "--S_churn=3")
+    assert result.exit_code == 2 and not seen and "found --S_churn with the grid's weights, which add" in result.output
+    monkeypatch.setenv("RANK", "1")
+    assert run(names, "--schedule=w3.npy")[0].output == ""
+
+
+@BOTH
+def test_weights_that_do_not_belong_to_the_grid_are_refused(run, names):
+    for rows, message in ((ROWS[:2], "found 2 rows of weights for 3 steps"), ([[1.0], [float("inf")], [1.0]], None)):
+        save_grid("w3.npy", edm(3, 0.002, 80), {"weights": ROWS})
+        Path("w3.json").write_text(json.dumps({**json.loads(Path("w3.json").read_text()), "weights": rows}))
+        result, seen = run(names, "--schedule=w3.npy")
+        assert result.exit_code == 2 and not seen and (message or "found inf") in result.output
+        assert "w3.json: " in result.output and "name a solver with --solver" in " ".join(result.output.split())
+        assert run(names, "--schedule=w3.npy", "--solver=clock")[0].exit_code == 0
+    save_grid("w4.npy", edm(4, 0.002, 80), {})
+    Path("w4.json").write_bytes(Path("w3.json").read_bytes())  # another grid's
+    result, seen = run(names, "--schedule=w4.npy")
+    assert result.exit_code == 2 and not seen and "w4.json: found the provenance of another file" in result.output
+    result, seen = run(names, "--schedule=w4.npy", "--solver=clock")
+    assert result.exit_code == 0 and seen["grid_solver"] == "clock"
 
 
 @BOTH

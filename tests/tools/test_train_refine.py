@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from art_edm.grids.grid import load_grid
+from art_edm.grids.weights import recorded_weights
 from art_edm.measure import local_errors
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.loading import load_network
 from art_edm.sampling.solvers import sample
+from art_edm.sampling.weighted import weighted
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_schedule.py"
 DIRECT = ("--network=gaussian:0.5", "--method=direct", "--trajectories=4", "--quiet")
@@ -239,3 +241,37 @@ def test_the_objective_of_the_reverse_sde_moves_the_levels_down(run):
     assert json.loads(Path("sde.json").read_text())["settings"]["solver"] == "sde"
     refused = run(*DIRECT, "--objective=sde", "--refine")
     assert refused.exit_code == 2 and "deterministic" in refused.stderr
+
+
+def test_weights_go_into_the_sidecar_and_end_where_the_record_says(run):
+    """Data N(0, 0.25): in one and in three steps there are weights that end exactly."""
+    result = run(*DIRECT, "--steps=1,3", "--out=w{steps}.npy", "--refine=weights")
+    assert result.exit_code == 0, result.stderr
+    for steps in (1, 3):
+        record = json.loads(Path(f"w{steps}.json").read_text())
+        assert record["refine"] == "weights" and record["solver"] == "clock" and record["refined"]["start"] == "given"
+        table = recorded_weights(record, steps)
+        assert table is not None and record["refined"]["settings"]["weights"] is True
+        assert "start" not in record["evaluations_by_stage"]  # no other clock is measured
+        errors = [end_error(f"w{steps}.npy", solver) for solver in ("clock", weighted(table))]
+        assert errors[1] < 5e-3 * errors[0]  # what 20 steps of RK4 leave of the exact paths
+    again = run(*DIRECT, "--steps=1,3", "--out=w{steps}.npy", "--refine")
+    assert again.exit_code == 2 and "refine is \"weights\" there, true here" in again.stderr
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--refine=weights", "--solver=heun"], "found heun, which evaluates 2 times in a step"),
+    (["--refine=levels", "--solver=dopri"], "dopri"), (["--refine=all"], "'all'"),
+])
+def test_refinements_that_cannot_be_are_usage_errors(run, given, message):
+    result = run(*DIRECT, "--steps=3", "--out=n.npy", *given)
+    assert result.exit_code == 2 and message in result.stderr and not list(Path().glob("n*"))
+
+
+def test_with_nfe_the_weights_begin_with_a_solver_of_one_evaluation_a_step(run):
+    result = run(*DIRECT, "--nfe=3", "--out=n{nfe}.npy", "--refine=weights")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(Path("n3.json").read_text())
+    assert "heun" not in record["tried"] and "clock" in record["tried"] and len(record["weights"]) == 3
+    best = min(record["tried"], key=lambda solver: record["tried"][solver]["mean"])
+    assert record["solver"] == best
