@@ -39,6 +39,7 @@ from art_edm.grids.weights import WEIGHTS, written_rows
 from art_edm.learning.config import PRESETS, TrainConfig, live
 from art_edm.learning.provenance import provenance
 from art_edm.learning.training import TrainResult, train
+from art_edm.measure.local_errors import check_alone
 from art_edm.measure.objectives import expected_evaluations
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network, load_network
@@ -213,6 +214,8 @@ def _config(options: ScheduleOptions) -> TrainConfig:
         raise ValueError(f"found --refine={options.refine}, expected {' or '.join(REFINEMENTS)}")
     if options.solver is not None:
         order_of(options.solver)
+        if options.objective == "solver":
+            check_alone(options.solver)
         if options.objective != "solver" and not options.refine and options.nfe is None:
             raise ValueError(f"found --solver={options.solver}, which has no effect here; add --refine, --nfe=N or "
                              "--objective=solver, or leave it out: a grid of the default objective is for all solvers")

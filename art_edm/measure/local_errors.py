@@ -10,10 +10,14 @@ stride  levels of the dense trajectory that a step spans: about as long as a ste
         since the law h^(p + 1) holds for short steps only
 
 The dense trajectory must be exact next to a step that spans several of its intervals. `advance` is, but not next to
-RK4's error: there the path is followed by RK4 over every interval, whose error over a step is stride^-4 of the step's
-own. The trajectory's evaluations are the first stage of every step and all the past of
+the error of a solver of order 4: there the path is followed by RK4 over every interval, whose error over a step is
+stride^-4 of RK4's own. The trajectory's evaluations are the first stage of every step and all the past of
 multistep solvers, so that those, and Euler's method, cost nothing more; a step of Heun's method costs one evaluation
 more, of RK4 three.
+
+Not every solver has a C_p (`Solver.alone`). The error of iPNDM and of steps in the learned clock contains the ratio
+of neighbouring steps, or higher derivatives of the clock, in the same power as h^(p + 1); and most of the error of
+UniPC's step is taken away by the next one. No density of levels minimises their sum.
 """
 
 from __future__ import annotations
@@ -32,12 +36,12 @@ from art_edm.measure.profile import Profile
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.evaluate import FiniteCheck
 from art_edm.sampling.multistep import on_path
-from art_edm.sampling.solvers import SOLVERS, Past, integrate, nfe, order_of
+from art_edm.sampling.solvers import SOLVERS, Past, integrate, order_of
 
-__all__ = ["STRIDE", "at_middles", "measure_errors", "path_stages"]
+__all__ = ["STRIDE", "at_middles", "check_alone", "measure_errors", "path_stages"]
 
 STRIDE = 8
-FINE_STAGES = 4  # evaluations of a step from which on RK4 follows the path
+FINE_ORDER = 4  # of a solver, from which on RK4 follows the path
 
 
 class _Point(NamedTuple):
@@ -46,6 +50,16 @@ class _Point(NamedTuple):
     level: torch.Tensor  # [], on the CPU: no step reads it from a device
     x: torch.Tensor
     denoised: torch.Tensor
+
+
+def check_alone(solver: str) -> None:
+    """Raise a ValueError for an unknown solver, or one whose local errors are not C_p h^(p + 1)."""
+    order_of(solver)
+    if not SOLVERS[solver].alone:
+        others = ", ".join(name for name, entry in SOLVERS.items() if entry.alone)
+        raise ValueError(f"found the local errors of {solver}, which follow from the steps around it and not from its "
+                         f"own length, so that no clock minimises them; expected one of {others}; a grid of the "
+                         f"default objective suits {solver}")
 
 
 def measure_errors(
@@ -57,15 +71,16 @@ def measure_errors(
     C_p of a step belongs to the geometric middle of its levels; beyond the first and the last it is held constant.
 
     Args:
-        solver: a name in `solvers.SOLVERS`.
+        solver: a name in `solvers.SOLVERS`, of an entry that is `alone`.
         stride: levels that a step spans, less than `points`.
     Returns:
-        A profile of that solver's order. M P evaluations for Euler and multistep solvers, about 2 M P for Heun,
-        7 M P for RK4.
+        A profile of that solver's order. M P evaluations for Euler and DPM-Solver++(2M), about 2 M P for Heun, 4 M P
+        for multistep solvers of order 4, 7 M P for RK4.
     Raises:
-        ValueError: an unknown solver, or fewer levels than a step spans.
+        ValueError: an unknown solver, one that has no C_p, or fewer levels than a step spans.
         NonFiniteOutput: the denoiser returned NaN or infinity.
     """
+    check_alone(solver)
     levels, order = supported_levels(denoiser, clock, points), order_of(solver)
     if len(levels) < stride + 2:
         raise ValueError(f"found {len(levels)} noise levels, expected at least {stride + 2} for the errors of {solver}")
@@ -99,7 +114,7 @@ def measure_errors(
 
 def path_stages(solver: str) -> int:
     """Evaluations per level of the dense trajectory on which the errors of `solver` are measured."""
-    return 4 if nfe(solver, 2) - 1 >= FINE_STAGES else 1
+    return SOLVERS["rk4"].stages if order_of(solver) >= FINE_ORDER else 1
 
 
 def at_middles(levels: np.ndarray, stride: int, norm: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:

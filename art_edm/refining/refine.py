@@ -119,7 +119,7 @@ def refine_grids(
             spent.add("choose", *(score for solver, score in scores.items() if solver != chosen[key]))
     owns: Dict[str, Profile] = {}
     for key, solver in chosen.items():
-        if own_clock and solver not in owns and grids[key][solver].num_steps > 1:
+        if own_clock and SOLVERS[solver].alone and solver not in owns and grids[key][solver].num_steps > 1:
             owns[solver] = measure_objective(denoiser, Objective(solver, seed=config.seed), context)
             spent.add("start", owns[solver])
     results: Dict[int, RefineResult] = {}

@@ -17,7 +17,7 @@ the order that their entry names. It is recognised by its value, never by its in
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -80,12 +80,19 @@ class Solver(NamedTuple):
     last_order: int = 1  # of the step to 0
     rule: Optional[Rule] = None  # weights of a multistep solver, from the grid alone
     reach: int = 0  # steps further back than its neighbours whose weights a level's move changes
+    alone: bool = True  # whether a short step's error is C_p h^(p + 1), however long the steps before it are
 
 
-def multistep_solver(step: Step, rule: Rule, values: int, last: int, source: str, **more: int) -> Solver:
+def multistep_solver(step: Step, rule: Rule, values: int, last: int, source: str, **more: Any) -> Solver:
     """A solver through the last `values` values, and through `last` in the step to 0."""
     return Solver(step, **{"order": values, **more}, source=source, past=values - 1, last_order=last,
                   rule=limited(rule, values, last))
+
+
+def _ipndm(values: int) -> Solver:
+    """Its weights, of an even grid, are of order 2 on others."""
+    return multistep_solver(slopes_step, multistep.even_row, values, 2, f"iPNDM (2204.13902) of order {values}",
+                            order=2, alone=False)
 
 
 SOLVERS: Dict[str, Solver] = {
@@ -93,17 +100,18 @@ SOLVERS: Dict[str, Solver] = {
     "heun": Solver(heun_step, 2, "Heun, algorithm 1 of EDM (2206.00364)", stages=2),
     "rk4": Solver(rk4_step, 4, "the classical Runge-Kutta method", stages=4),
     "dpmpp2m": multistep_solver(denoised_step, multistep.dpmpp2m_row, 2, 1, "DPM-Solver++(2M) (2211.01095)"),
-    "ipndm2": multistep_solver(slopes_step, multistep.even_row, 2, 2, "iPNDM (2204.13902) of order 2", order=2),
-    "ipndm3": multistep_solver(slopes_step, multistep.even_row, 3, 2, "iPNDM (2204.13902) of order 3", order=2),
-    "ipndm": multistep_solver(slopes_step, multistep.even_row, 4, 2, "iPNDM (2204.13902) of order 4", order=2),
+    "ipndm2": _ipndm(2),
+    "ipndm3": _ipndm(3),
+    "ipndm": _ipndm(4),
     "ab4-sigma": multistep_solver(slopes_step, multistep.through_times(lambda sigma: sigma), 4, 1,
                                   "Adams-Bashforth of order 4 with the weights of the uneven levels"),
     "deis": multistep_solver(slopes_step, multistep.through_times(multistep.vp_time), 4, 1, "DEIS-tAB3 (2204.13902)"),
-    "unipc": Solver(multistep.unipc_step, 3, "UniPC-3, B2(h) (2302.04867)", past=3, rule=multistep.unipc(3)),
+    "unipc": Solver(multistep.unipc_step, 3, "UniPC-3, B2(h) (2302.04867)", past=3, rule=multistep.unipc(3),
+                    alone=False),  # the next step corrects most of it
     "clock": multistep_solver(slopes_step, multistep.clock_slopes, 4, 2,
-                              "slopes extrapolated in the learned clock", reach=1),
+                              "slopes extrapolated in the learned clock", reach=1, alone=False),
     "clock-denoised": multistep_solver(denoised_step, multistep.clock_denoised, 3, 1,
-                                       "denoised images extrapolated in the learned clock", reach=1),
+                                       "denoised images extrapolated in the learned clock", reach=1, alone=False),
 }
 
 

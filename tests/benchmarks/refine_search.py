@@ -127,7 +127,7 @@ def searched(denoiser: Denoiser, solver: str, k: int, iterations: int, batch: in
 
 def refined(denoiser: Denoiser, solver: str, k: int, config: RefineConfig) -> Dict[str, np.ndarray]:
     """The refined grid; what the other clock to start from costs is not counted."""
-    own = measure_objective(denoiser, Objective(solver))
+    own = measure_objective(denoiser, Objective(solver)) if SOLVERS[solver].alone else None
     result = refine(denoiser, start_of(denoiser, k), solver, config, starts=own_start(denoiser, own, k))
     cost = {"evaluations": result.evaluations, "seconds": result.seconds, "iterations": len(result.history) - 1}
     return {**arrays(cost), **judged(denoiser, solver, refined=result.grid)}

@@ -28,7 +28,7 @@ from art_edm.refining.refine import own_start, refine
 from art_edm.runtime.cli import command_line
 from art_edm.runtime.files import write_json
 from art_edm.runtime.store import Store
-from art_edm.sampling.solvers import fitted, nfe, sample
+from art_edm.sampling.solvers import SOLVERS, fitted, nfe, sample
 
 STEPS = (3, 5, 7, 10, 18)
 RULES = ("edm", "art", "own", "refined")
@@ -83,7 +83,7 @@ class Bench:
             return self.plain(steps, solver if rule == "own" else None), {}
         plain = self.plain(steps)
         self.drawn = self.drawn or draw_noises(denoiser, CONFIG, denoiser.sigma_max)
-        others = own_start(denoiser, self.profile(solver), steps)
+        others = own_start(denoiser, self.profile(solver) if SOLVERS[solver].alone else None, steps)
         refined = refine(denoiser, plain, solver, CONFIG, noises=self.drawn, starts=others)
         return refined.grid, {
             "evaluations": refined.evaluations, "share": refined.share, "other": refined.start in others}
@@ -118,7 +118,7 @@ def field(name: str, mnist: Optional[Path], cifar10: Optional[Path], images: int
 
 @click.command()
 @click.argument("fields", nargs=-1, required=True)
-@click.option("--solvers", default="euler,heun,rk4,dpmpp2m,ipndm", show_default=True)
+@click.option("--solvers", default="euler,heun,rk4,dpmpp2m,ab4-sigma", show_default=True)
 @click.option("--steps", default=",".join(map(str, STEPS)), show_default=True)
 @click.option("--rules", default=",".join(RULES), show_default=True)
 @click.option("--noises", default=256, show_default=True)

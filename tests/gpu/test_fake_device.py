@@ -66,7 +66,7 @@ def sampled(solver):
 
 
 WORK = {"along": measured(measure_along), "points": measured(measure_profile), "sde": measured(measure_stochastic),
-        **{f"errors of {name}": measured(measure_errors, solver=name) for name in ("euler", "heun", "rk4", "ipndm")},
+        **{f"errors of {name}": measured(measure_errors, solver=name) for name in ("euler", "heun", "rk4", "deis")},
         **{name: sampled(name) for name in SOLVERS}}
 
 

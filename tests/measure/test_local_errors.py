@@ -14,7 +14,7 @@ from art_edm.measure.local_errors import measure_errors
 from art_edm.measure.profile import Profile
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.sampling.multistep import on_path
-from art_edm.sampling.solvers import integrate, order_of, slope_of
+from art_edm.sampling.solvers import SOLVERS, integrate, order_of, slope_of
 
 VARIANCE = 0.25
 STRIDE, POINTS = 6, 160
@@ -50,8 +50,7 @@ def expected(solver: str, levels: np.ndarray, k: int, past: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("solver, past, cost", [
-    ("euler", 0, 1), ("heun", 0, 2), ("dpmpp2m", 1, 1), ("ipndm2", 1, 1), ("ipndm3", 2, 1),
-    ("ab4-sigma", 3, 1), ("rk4", 0, 4),
+    ("euler", 0, 1), ("heun", 0, 2), ("dpmpp2m", 1, 1), ("ab4-sigma", 3, 1), ("deis", 3, 1), ("rk4", 0, 4),
 ])
 def test_the_error_of_a_step_is_that_from_the_exact_path(solver, past, cost):
     clock = GaussianClock(80.0, VARIANCE**0.5)
@@ -59,17 +58,62 @@ def test_the_error_of_a_step_is_that_from_the_exact_path(solver, past, cost):
     profile = measure_errors(net, draw(), clock, POINTS, solver=solver, stride=STRIDE)
     levels = place_points(clock, net.sigma_min, POINTS)
     assert profile.order == order_of(solver) and profile.norm.shape == (3, POINTS - STRIDE + 2)
-    path = POINTS + 3 * (POINTS - 1) if solver == "rk4" else POINTS  # RK4 follows the path where it is measured
+    fine = order_of(solver) == 4  # RK4 follows the path
+    path = POINTS + 3 * (POINTS - 1) if fine else POINTS
     assert profile.evaluations == net.evaluations == 3 * (path + (cost - 1) * (POINTS - STRIDE))
     apart = []
     for k in (70, 90, 110):  # sigma = 3 to 0.2
         found = profile.norm[:, k - STRIDE + 1]
         np.testing.assert_allclose(found, expected(solver, levels, k, past), rtol=0.1)
         assert profile.sigma[k - STRIDE + 1] == pytest.approx((levels[k] * levels[k - STRIDE]) ** 0.5)
-        other = ("dpmpp2m", levels, k, 1) if solver in ("heun", "ipndm2") else ("heun", levels, k, 0)
+        other = ("dpmpp2m", levels, k, 1) if solver == "heun" else ("heun", levels, k, 0)
         twin = expected(*other)
         apart.append(np.abs(found / twin - 1).max())
     assert max(apart) > 0.3  # another solver's
+
+
+# sigma(s), s(sigma): three clocks that bend differently at sigma = 1.3
+BENDS = {"even": (lambda s: 4 - s, lambda sigma: 4 - sigma), "log": (lambda s: 4 * np.exp(-s), lambda x: np.log(4 / x)),
+         "rho 7": (lambda s: (1.3 - s / 4) ** 7, lambda sigma: 4 * (1.3 - sigma ** (1 / 7)))}
+
+
+def constant(solver: str, clock: str, steps: int = 100) -> float:
+    """e / h^(p + 1) of the step from sigma = 1.3 of a grid of that clock, after exact ones."""
+    (sigma_of, place), past, first = BENDS[clock], (), SOLVERS[solver].past + 2
+    grid = sigma_of(place(1.3) + (np.arange(first + 4) - first) / steps)
+    for k in range(2, first + 1):
+        x = exact(draw(1), grid[k])
+        end, past = integrate(slope_of(denoiser()), x, torch.tensor(grid), solver, past, steps=[k])
+        past = on_path(past, x)
+    error = (end - exact(draw(1), grid[first + 1])).mean()
+    return float(error) / (grid[first] - grid[first + 1]) ** (order_of(solver) + 1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_which_solvers_have_a_local_error_of_their_own_step(solver):
+    """In the limit of short steps C_p is the same on every clock, or there is none: |Q| would not know it."""
+    found = np.array([constant(solver, clock) for clock in BENDS])
+    spread = np.ptp(found) / np.abs(found).max()
+    if SOLVERS[solver].alone or solver == "unipc":  # whose next step corrects it
+        assert spread < 0.03
+    else:
+        assert spread > 0.4
+        with pytest.raises(ValueError, match=f"found the local errors of {solver}, which follow from the steps around"):
+            measure_errors(denoiser(), draw(), GaussianClock(80.0, 0.5), 40, solver=solver)
+
+
+def test_what_remains_of_unipc_s_error_after_the_next_step():
+    """Less than a tenth on short steps: no C_p of a single step tells the error of a run."""
+    grid, past = 4 * np.exp(-np.arange(8) / 100), ()
+    for k in range(5):
+        x = exact(draw(1), grid[k])
+        end, past = integrate(slope_of(denoiser()), x, torch.tensor(grid), "unipc", past, steps=[k])
+        past = on_path(past, x) if k < 4 else past
+    corrected = integrate(slope_of(denoiser()), end, torch.tensor(grid), "unipc", past, steps=[5])[1][-1][2]
+    before, after = (float((state - exact(draw(1), grid[5])).abs().mean()) for state in (end, corrected))
+    assert 0 < after < before / 10
+    with pytest.raises(ValueError, match="found the local errors of unipc"):
+        measure_errors(denoiser(), draw(), GaussianClock(80.0, 0.5), 40, solver="unipc")
 
 
 def test_euler_s_error_is_half_of_q():

@@ -114,7 +114,9 @@ def test_several_share_their_noises_and_say_what_was_gained(run):
 def test_what_cannot_be_refined_is_refused_before_any_work(run):
     result = run("--network=gaussian:0.5", "--refine", "--solver=rk5")
     assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
-    assert os.listdir() == []
+    result = run("--network=gaussian:0.5", "--objective=solver", "--solver=clock")
+    assert result.exit_code == 2 and "found the local errors of clock" in result.stderr
+    assert result.stderr.count("\n") == 1 and os.listdir() == []
 
 
 def test_the_objective_of_a_solver_gives_a_clock_for_it(run):
@@ -141,7 +143,9 @@ def test_the_end_point_objective_is_gone_and_names_what_does_more(run):
 def test_an_unknown_solver_is_refused_before_any_work(run):
     result = run("--network=gaussian:0.5", "--objective=solver", "--solver=rk5")
     assert result.exit_code == 2 and "rk5" in result.stderr and result.stderr.count("\n") == 1
-    assert os.listdir() == []
+    result = run("--network=gaussian:0.5", "--objective=solver", "--solver=clock")
+    assert result.exit_code == 2 and "found the local errors of clock" in result.stderr
+    assert result.stderr.count("\n") == 1 and os.listdir() == []
 
 
 REFINED = ("--network=gaussian:0.5", "--method=direct", "--refine", "--solver=euler", "--quiet")
