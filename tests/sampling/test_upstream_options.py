@@ -106,6 +106,10 @@ def test_steps_that_are_given_resample(run, names, monkeypatch):
     result, seen = run(names, "--schedule=a9.npy", "--steps=18", "--resample=paper")
     assert seen["grid"] == resample(edm(9, 0.002, 80), 18) and "18 steps by the paper's rule" in result.output
     assert "resample" not in seen
+    for steps, levels in ((1, [0, 9]), (3, [0, 3, 6, 9]), (27, range(10))):  # fewer, one, and more than the file's
+        found = run(names, "--schedule=a9.npy", f"--steps={steps}")[1]["grid"]
+        assert found.num_steps == steps and len(found.values[::max(steps // 9, 1)]) == len(levels)
+        assert np.array_equal(found.values[::max(steps // 9, 1)], edm(9, 0.002, 80).values[levels])
     result, seen = run(names, "--schedule=a9.npy", "--resample=paper")
     assert seen["grid"] == edm(9, 0.002, 80) and "--resample=paper changes nothing" in result.output
     monkeypatch.setenv("RANK", "1")

@@ -154,6 +154,16 @@ def test_resample_records_its_source(run):
     assert origin["source_sha256"] == load_provenance("g.npy")["npy_sha256"]
 
 
+@pytest.mark.parametrize("steps, every", [(1, 18), (54, 1)])
+def test_resample_to_one_step_and_to_more(run, steps, every):
+    """Levels in common stay to the bit; a finer grid goes below the file's last level, as the clock does."""
+    run("edm", "--steps=18", "--out=g.npy")
+    assert run("resample", "g.npy", f"--steps={steps}", "--out=h.npy").exit_code == 0
+    found, old = load_grid("h.npy").values, edm(18, 0.002, 80).values
+    assert np.array_equal(found[::max(steps // 18, 1)], old[::every]) and len(found) == steps + 1
+    assert (found[-2] < old[-2]) == (steps > 18)
+
+
 def test_resample_refuses(run):
     run("edm", "--steps=18", "--out=g-18.npy")
     run("edm", "--steps=1", "--out=one.npy")
