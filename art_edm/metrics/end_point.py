@@ -13,7 +13,10 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-__all__ = ["EndPointError", "end_point_error"]
+__all__ = ["EndPointError", "better", "end_point_error"]
+
+GEOMETRIC_FLOOR = 0.01  # of the mean error: what is less counts as this much in a geometric mean
+TINY = 1e-300
 
 
 class EndPointError(NamedTuple):
@@ -39,3 +42,14 @@ class EndPointError(NamedTuple):
 def end_point_error(ends: np.ndarray, exact: np.ndarray) -> EndPointError:
     """The statistics of end points [M, d] against those of a fine solution from the same noises [M, d]."""
     return EndPointError.of(np.sqrt(np.square(ends - exact).mean(axis=1)))
+
+
+def better(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether errors [M] are less in mean and geometric mean, and not more in the mean square.
+
+    The mean square is what few paths that end on another image can decide, the geometric mean what most noises do.
+    """
+    floor = GEOMETRIC_FLOOR * before.mean() + TINY
+    logarithm = lambda errors: np.log(np.maximum(errors, floor)).mean()
+    squares = np.square(after).mean() <= np.square(before).mean()
+    return bool(after.mean() < before.mean() and logarithm(after) < logarithm(before) and squares)

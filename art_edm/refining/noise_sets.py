@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from art_edm.grids.grid import edm, edm_unpinned
+from art_edm.metrics.detectors import Detector
 from art_edm.models.denoiser import Denoiser
 from art_edm.refining.config import RefineConfig
 from art_edm.refining.solver_jacobian import Noises, solve_ends
@@ -27,6 +28,7 @@ class NoiseSets(NamedTuple):
     validation: Noises
     evaluations: int  # of all processes
     seconds: float
+    detector: Optional[Detector] = None  # of the features that are compared, in place of pixels
 
 
 def draw_noises(

@@ -13,6 +13,9 @@ grid is returned which they do not find better than the given one (see `better`)
 mean error over all noises that counts. Where the best of the steps is not taken, they are asked about grids between
 the given one and that, too.
 
+With a detector, what is minimised and validated is the Frechet distance between the features of ends and exact ends
+in place of the mean error (see `feature_runs`), and a grid of less distance is better.
+
 With `config.weights` the weights of each step are moved with the levels (see `sampling.weighted`). They start as the
 solver's own, and a ridge holds them there: f + rho/2 f_0 |w - w_0|^2, f_0 the mean error at the start. rho falls in
 stages, each begins where the one before ended; the stage, and so rho, is the validation noises' choice.
@@ -31,13 +34,15 @@ import torch
 from art_edm.grids.grid import Grid
 from art_edm.measure.objectives import Objective, measure_objective
 from art_edm.measure.profile import Profile
-from art_edm.metrics.end_point import EndPointError
+from art_edm.metrics.detectors import Detector
+from art_edm.metrics.end_point import EndPointError, better
 from art_edm.models.denoiser import Denoiser
 from art_edm.refining import levenberg_marquardt
 from art_edm.refining.config import RefineConfig
+from art_edm.refining.feature_runs import FeatureRuns
 from art_edm.refining.noise_sets import NoiseSets, draw_noises
 from art_edm.refining.parameters import Parameters, free_places
-from art_edm.refining.solver_jacobian import Run, Scheme, SolverRuns
+from art_edm.refining.solver_jacobian import Noises, Run, Scheme, SolverRuns
 from art_edm.refining.stage import Stage
 from art_edm.runtime.context import Context
 from art_edm.runtime.memory import with_back_off
@@ -50,7 +55,6 @@ __all__ = ["RefineResult", "RefinedGrids", "better", "check_refinable", "own_sta
 GIVEN, OWN = "given", "own local errors"  # names of grids to start from
 MAX_TRIALS = 7  # ever shorter steps of one search
 ERROR_FLOOR = 1e-4  # of the error at the start: nothing is gained below, as the exact ends are no better
-GEOMETRIC_FLOOR = 0.01  # of the mean error: what is less counts as this much in a geometric mean
 SHARES = (0.75, 0.5, 0.25)  # of the way to a grid that is not taken
 TINY = 1e-300
 DEFAULT = RefineConfig()
@@ -66,15 +70,17 @@ class RefineResult:
     share: float  # of the way from the given grid to a step not taken, in log sigma; 1 unless `grid` is there
     error_before: EndPointError  # of the given grid
     error_after: EndPointError  # of `grid`, in the mean never above; it helped to choose, so a little too good
-    history: List[Dict[str, float]]  # evaluations, and mean errors `train` and `validation`, from the start on
+    history: List[Dict[str, float]]  # evaluations, and what is minimised as `train` and `validation`, from the start on
     evaluations: int
     seconds: float
     settings: Dict[str, Any]  # of the refinement, `solver` among them
+    distances: Optional[Dict[str, float]] = None  # "before" and "after", of features, where they were minimised
     weights: Optional[np.ndarray] = None  # of the slopes in each step, [K, K], where they were moved: `grids.weights`
 
     def record(self) -> Dict[str, Any]:
         """For a grid's provenance: what was done and what it gave, ready for JSON."""
-        return {**{name: value for name, value in vars(self).items() if name not in ("grid", "weights")},
+        left_out = ("grid", "weights", *(("distances",) if self.distances is None else ()))
+        return {**{name: value for name, value in vars(self).items() if name not in left_out},
                 "error_before": self.error_before._asdict(), "error_after": self.error_after._asdict()}
 
 
@@ -90,24 +96,25 @@ class RefinedGrids(NamedTuple):
 
 def refine_grids(
     denoiser: Denoiser, grids: Mapping[int, Mapping[str, Grid]], config: RefineConfig = DEFAULT,
-    context: Optional[Context] = None, own_clock: bool = True,
+    context: Optional[Context] = None, own_clock: bool = True, detector: Optional[Detector] = None,
 ) -> RefinedGrids:
     """For each key, such as K, a grid refined for a solver; all share noises, and a solver's clock to start from.
 
     Args:
         grids: key -> solver -> the grid that nothing may be worse than; all begin at the same level. Of several
-            solvers the one is refined that ends nearest on its grid, in the mean over the validation noises.
+            solvers the one is refined that ends nearest on its grid, over the validation noises.
         own_clock: False where the grids are those of the solver's own local errors already.
+        detector: minimise the distance between the features of ends and exact ends, in place of the end-point error.
     Raises as `refine`, and CheckpointMismatch where the context resumes and its store has other settings.
     """
     context = context or Context()
     if not context.identity:  # here it is the only denoiser: what one stage has found serves the next
         context = replace(context, store=Store(), identity="this denoiser")
     solvers = ", ".join(dict.fromkeys(solver for each in grids.values() for solver in each))
-    context.claim("refinement", {"solver": solvers, "batch": context.batch, **asdict(config)})
+    context.claim("refinement", {"solver": solvers, "batch": context.batch, **_judge(detector), **asdict(config)})
     spent = _Spent({}, {})
     top = next(grid.sigma_max for each in grids.values() for grid in each.values())
-    noises = _backed_off(partial(draw_noises, denoiser, config, top), denoiser, context)
+    noises = _backed_off(partial(draw_noises, denoiser, config, top), denoiser, context)._replace(detector=detector)
     spent.add("ends", noises)
     tried, chosen = {}, {key: next(iter(each)) for key, each in grids.items()}
     for key, each in grids.items():
@@ -115,7 +122,7 @@ def refine_grids(
             scores = {solver: _backed_off(partial(_score, denoiser, grid, solver, noises), denoiser, context)
                       for solver, grid in each.items()}
             tried[key] = {solver: score.error for solver, score in scores.items()}
-            chosen[key] = min(each, key=lambda solver, errors=tried[key]: errors[solver].mean)
+            chosen[key] = min(each, key=lambda solver, scores=scores: scores[solver].minimised)
             spent.add("choose", *(score for solver, score in scores.items() if solver != chosen[key]))
     owns: Dict[str, Profile] = {}
     for key, solver in chosen.items():
@@ -153,6 +160,7 @@ class _Spent(NamedTuple):
 
 class _Score(NamedTuple):
     error: EndPointError
+    minimised: float  # its mean, or the distance of features
     evaluations: int  # of all processes
     seconds: float
 
@@ -161,9 +169,9 @@ def _score(denoiser: Denoiser, grid: Grid, solver: str, noises: NoiseSets, conte
     """How far a solver ends on the validation noises; `refine` finds these errors in the store, and counts them."""
     total = nfe(solver, grid.num_steps) * len(noises.validation.latents)
     with Stage(denoiser, context, f"trying {solver}, images", total) as stage:
-        runs = SolverRuns(solver, noises.validation, stage)
-        error = EndPointError.of(runs.run(Scheme(grid.values), False).errors)
-    return _Score(error, runs.evaluations, stage.seconds)
+        runs = runs_of(solver, noises.validation, stage, noises.detector)
+        run = runs.run(Scheme(grid.values), False)
+    return _Score(EndPointError.of(run.figures[:, 0]), run.errors.mean().item(), runs.evaluations, stage.seconds)
 
 
 def own_start(denoiser: Denoiser, own: Optional[Profile], num_steps: int) -> Dict[str, Grid]:
@@ -184,7 +192,7 @@ def refine(
         context: its store keeps what each batch gave, so that the same call after a stop continues from there; its
             world shares the batches, and each process returns the same result.
         noises: from `draw_noises` with the same config, shared by several refinements, whose cost is then not
-            counted here. None draws them.
+            counted here; with a detector, the distance of features is minimised. None draws them.
         starts: grids by name, of as many steps and the same first level, from which it may start in place of `grid`.
     Raises:
         Stopped, NonFiniteOutput: Ctrl-C or SIGTERM; NaN or infinity of the denoiser.
@@ -200,13 +208,24 @@ def refine(
     if drawn:
         noises = draw_noises(denoiser, config, grid.sigma_max, context)
     with Stage(denoiser, context, "refining, images", _expected(grid.num_steps, solver, config)) as stage:
-        train, validation = (SolverRuns(solver, part, stage) for part in noises[:2])
+        train, validation = (runs_of(solver, part, stage, noises.detector) for part in noises[:2])
         schemes = {name: _scheme(each, solver, config) for name, each in grids.items()}
         work = _Refinement(schemes, config, train, validation, noises.evaluations if drawn else 0)
         found, best = work.result(), work.best.scheme
     seconds = stage.seconds + (noises.seconds if drawn else 0.0)
-    settings = {"solver": solver, "batch": context.batch, **asdict(config)}
-    return RefineResult(Grid(best.levels), *found, seconds, settings, best.weights)
+    settings = {"solver": solver, "batch": context.batch, **_judge(noises.detector), **asdict(config)}
+    runs = {"before": work.before, "after": work.best.run}
+    distances = {name: run.errors.mean().item() for name, run in runs.items()} if noises.detector else None
+    return RefineResult(Grid(best.levels), *found, seconds, settings, distances, best.weights)
+
+
+def runs_of(solver: str, noises: Noises, stage: Stage, detector: Optional[Detector]) -> SolverRuns:
+    """Runs whose end-point error is minimised, or the distance of their ends' features where there is a detector."""
+    return FeatureRuns(solver, noises, stage, detector) if detector else SolverRuns(solver, noises, stage)
+
+
+def _judge(detector: Optional[Detector]) -> Dict[str, str]:
+    return {"detector": f"{detector.name}, SHA-256 {detector.sha256}"} if detector else {}
 
 
 def _scheme(grid: Grid, solver: str, config: RefineConfig) -> Scheme:
@@ -228,17 +247,6 @@ def check_refinable(denoiser: Denoiser, solver: str, weights: bool = False) -> N
             f"found a network of discrete noise levels ({float(probe[worst]):.6g} becomes {float(rounded[worst]):.6g}),"
             " expected one of all levels, as they are moved by little; use the grid as it is, without --refine"
         )
-
-
-def better(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether errors [M] are less in mean and geometric mean, and not more in the mean square.
-
-    The mean square is what few paths that end on another image can decide, the geometric mean what most noises do.
-    """
-    floor = GEOMETRIC_FLOOR * before.mean() + TINY
-    logarithm = lambda errors: np.log(np.maximum(errors, floor)).mean()
-    squares = np.square(after).mean() <= np.square(before).mean()
-    return bool(after.mean() < before.mean() and logarithm(after) < logarithm(before) and squares)
 
 
 def _check(denoiser: Denoiser, grids: Mapping[str, Grid], solver: str, config: RefineConfig) -> None:
@@ -267,11 +275,11 @@ def _expected(steps: int, solver: str, config: RefineConfig) -> int:
 
 @dataclass
 class _Candidate:
-    """A scheme that may be returned, its error summed over all noises, and its errors over the validation noises."""
+    """A scheme that may be returned, its error summed over all noises, and its run over the validation noises."""
 
     scheme: Scheme
     total: float
-    errors: np.ndarray  # [validation]
+    run: Run
     share: float = 1.0
 
 
@@ -304,15 +312,15 @@ class _Refinement:
             run = self._iterate(run)
         if self.least is not None and self.least.scheme is not self.best.scheme:
             self._look_between()
-        before, after = (EndPointError.of(errors) for errors in (self.before, self.best.errors))
+        before, after = (EndPointError.of(run.figures[:, 0]) for run in (self.before, self.best.run))
         return self.start, self.best.share, before, after, self.descent.history, self._evaluations()
 
     def _evaluations(self) -> int:
         return self.drawn + self.train.evaluations + self.validation.evaluations
 
-    def _total(self, train: np.ndarray, validation: np.ndarray) -> float:
+    def _total(self, train: Run, validation: Run) -> float:
         """What is least of the best scheme: over the noises of which they are found, free weights look too good."""
-        return float(validation.sum() + (0.0 if self.config.weights else train.sum()))
+        return float(validation.errors.sum() + (0.0 if self.config.weights else train.errors.sum()))
 
     def _begin(self) -> Run:
         """The run of the best of the schemes to start from, which validation must find better than the given one."""
@@ -321,19 +329,20 @@ class _Refinement:
         forms = {name: Parameters(first, self.low, places, each.weights) for name, each in self.starts.items()}
         vectors = {name: form.vector(self.starts[name]) for name, form in forms.items()}
         runs = {name: self.train.run(form.scheme(vectors[name])) for name, form in forms.items()}
-        errors = {name: self.validation.run(scheme, False).errors for name, scheme in self.starts.items()}
-        totals = {name: self._total(run.errors, errors[name]) for name, run in runs.items()}
-        allowed = [name for name in self.starts if name == GIVEN or better(errors[GIVEN], errors[name])]
-        self.start, self.before = min(allowed, key=totals.__getitem__), errors[GIVEN]
+        validated = {name: self.validation.run(scheme, False) for name, scheme in self.starts.items()}
+        totals = {name: self._total(run, validated[name]) for name, run in runs.items()}
+        better = partial(self.validation.better, validated[GIVEN])
+        allowed = [name for name in self.starts if name == GIVEN or better(validated[name])]
+        self.start, self.before = min(allowed, key=totals.__getitem__), validated[GIVEN]
         self.parameters, self.origin = forms[self.start], vectors[self.start]
         self.ridges = list(config.ridges if places else (0.0,))
         self.stiffness = np.append(np.zeros(len(self.given.levels) - 2), np.ones(len(places)))
         self.stiffness *= runs[self.start].errors.mean()
         self.descent = self._descent(self.origin, [])
-        self.best = _Candidate(self.starts[self.start], totals[self.start], errors[self.start])
+        self.best = _Candidate(self.starts[self.start], totals[self.start], validated[self.start])
         self.least: Optional[_Candidate] = None  # after the step of least error over all noises, allowed or not
         self.finished = len(self.given.levels) == 2 and not places
-        self._note(runs[self.start], errors[self.start])
+        self._note(runs[self.start], validated[self.start])
         return runs[self.start]
 
     def _descent(self, p: np.ndarray, history: List[Dict[str, float]]) -> _Descent:
@@ -347,9 +356,8 @@ class _Refinement:
     def _iterate(self, run: Run) -> Run:
         """Derivatives, one accepted step if there is any, and what it does to the validation noises."""
         at, parameters = self.descent, self.parameters
-        jtj, jtr = self.train.derivatives(run, self.config.step, parameters.places)
         to_p = parameters.chain(at.p, run.scheme)
-        gradient, H, scale = levenberg_marquardt.model(run.errors, jtj, jtr, to_p)
+        gradient, H, scale = self.train.model(run, to_p, self.config.step, parameters.places)
         _, pull, stiffness = self._ridge(at.p)
         scale, S = np.hypot(scale, np.sqrt(np.diag(stiffness))), at.secant
         if at.step is not None:
@@ -360,12 +368,12 @@ class _Refinement:
         if after is None:
             self._loosen()
             return run
-        errors, at.gradient = self.validation.run(after.scheme, False).errors, gradient
-        found = _Candidate(after.scheme, self._total(after.errors, errors), errors)
+        validated, at.gradient = self.validation.run(after.scheme, False), gradient
+        found = _Candidate(after.scheme, self._total(after, validated), validated)
         if self.least is None or found.total < self.least.total:
             self.least = found
         self._offer(found)
-        self._note(after, errors)
+        self._note(after, validated)
         return after
 
     def _loosen(self) -> None:
@@ -392,11 +400,11 @@ class _Refinement:
             at.damping, growth = max(at.damping, 1e-2) * growth, 2 * growth
         return None
 
-    def _note(self, run: Run, errors: np.ndarray) -> None:
+    def _note(self, run: Run, validated: Run) -> None:
         """Write down where things are after a step, and whether that is the end."""
         config, rows = self.config, self.descent.history
         rows.append({"evaluations": self._evaluations(), "train": run.errors.mean().item(),
-                     "validation": errors.mean().item()})
+                     "validation": validated.errors.mean().item()})
         gains = [1 - after["train"] / max(before["train"], TINY) for before, after in zip(rows, rows[1:])]
         least = min(range(len(rows)), key=lambda i: rows[i]["validation"])
         cheap = self._evaluations() - self.drawn < config.cheap_evaluations
@@ -409,7 +417,7 @@ class _Refinement:
 
     def _offer(self, found: _Candidate) -> None:
         """Take a grid that is better than the given one and the best so far."""
-        if found.total < self.best.total and better(self.before, found.errors):
+        if found.total < self.best.total and self.validation.better(self.before, found.run):
             self.best = found
 
     def _look_between(self) -> None:
@@ -417,9 +425,9 @@ class _Refinement:
         least = self.least.scheme
         for share in SHARES:
             scheme = between(self.given, least, share)
-            errors = self.validation.run(scheme, False).errors
-            total = self._total(self.train.run(scheme, False).errors, errors)
-            self._offer(_Candidate(scheme, total, errors, share))
+            validated = self.validation.run(scheme, False)
+            total = self._total(self.train.run(scheme, False), validated)
+            self._offer(_Candidate(scheme, total, validated, share))
 
 
 def between(given: Scheme, other: Scheme, share: float) -> Scheme:

@@ -27,13 +27,15 @@ import numpy as np
 import torch
 
 from art_edm.measure.field import rms
+from art_edm.metrics.end_point import better
 from art_edm.models.evaluate import FiniteCheck
+from art_edm.refining import levenberg_marquardt
 from art_edm.refining.stage import Stage
 from art_edm.runtime.precision import full_precision
 from art_edm.sampling.solvers import SOLVERS, Past, Slope, Solver, integrate, slope_of
 from art_edm.sampling.weighted import weighted
 
-__all__ = ["Noises", "Run", "Scheme", "SolverRuns", "solve_ends"]
+__all__ = ["Kept", "Move", "Noises", "Place", "Run", "Scheme", "SolverRuns", "solve_ends"]
 
 Place = Tuple[int, int]  # (k, j) of a weight
 
@@ -73,7 +75,7 @@ class _Start(NamedTuple):
     slope: torch.Tensor  # dx/dsigma at x, [B, C, H, W]
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What a run of one batch leaves for its derivatives."""
 
     starts: List[_Start]  # [K]
@@ -81,14 +83,15 @@ class _Kept(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run of the sampler over the noises."""
+    """One run of the sampler over the noises; each process has all of its numbers."""
 
     scheme: Scheme
-    errors: np.ndarray  # [M], of all noises, on every process
-    kept: Dict[int, _Kept]  # first noise of a batch that was run just now -> what it left
+    errors: np.ndarray  # [M], whose mean is minimised
+    figures: np.ndarray  # [M, n]: the RMS end-point error, and what else `errors` come from
+    kept: Dict[int, Kept]  # first noise of a batch that was run just now -> what it left
 
 
-class _Move(NamedTuple):
+class Move(NamedTuple):
     """One number of a scheme moved."""
 
     scheme: Scheme
@@ -134,7 +137,7 @@ class SolverRuns:
     def __init__(self, solver: str, noises: Noises, stage: Stage) -> None:
         self.solver, self.noises, self.stage = solver, noises, stage
         self.world, self.batch = stage.context.world, stage.context.batch
-        self.evaluations = 0  # of all processes
+        self.evaluations, self.width = 0, 1  # of all processes; n, numbers of a noise in `Run.figures`
         self._digests: Dict[int, str] = {}
 
     def _share(self) -> List[slice]:
@@ -172,23 +175,41 @@ class SolverRuns:
     @torch.no_grad()
     def run(self, scheme: Scheme, keep: bool = True) -> Run:
         """Take every noise through a scheme; without `keep` for the errors alone, in little memory."""
-        before, errors = self.stage.evaluations, torch.zeros(len(self.noises.latents), 1, dtype=torch.float64)
-        kept: Dict[int, _Kept] = {}
+        before, rows = self.stage.evaluations, torch.zeros(len(self.noises.latents), self.width, dtype=torch.float64)
+        kept: Dict[int, Kept] = {}
 
-        def errors_of(part: slice) -> torch.Tensor:
+        def figures_of(part: slice) -> torch.Tensor:
             batch = self._recorded(part, scheme)
             if keep:
                 kept[part.start] = batch
-            return rms(batch.end - self.noises.ends[part])
+            return self._figures(batch.end, part)
 
         with self.world.phase(), full_precision():
             for part in self._share():
                 what = self._what("errors", scheme, part)
                 found = self.stage.find(what)
-                errors[part, 0] = self.stage.make(what, partial(errors_of, part)) if found is None else found
-        return Run(scheme, self._sum(errors, before)[:, 0], kept)
+                rows[part] = self.stage.make(what, partial(figures_of, part)) if found is None else found
+        figures = self._sum(rows, before)
+        return Run(scheme, self._errors(figures), figures, kept)
 
-    def _recorded(self, part: slice, scheme: Scheme) -> _Kept:
+    def _figures(self, end: torch.Tensor, part: slice) -> torch.Tensor:
+        """Of a batch that ends there, [B, n]."""
+        return rms(end - self.noises.ends[part])[:, None]
+
+    def _errors(self, figures: np.ndarray) -> np.ndarray:
+        """[M] of the figures [M, n] of all noises."""
+        return figures[:, 0]
+
+    @staticmethod
+    def better(before: Run, after: Run) -> bool:
+        """As `better` of their errors."""
+        return better(before.errors, after.errors)
+
+    def model(self, run: Run, to_p: np.ndarray, step: float, places: Tuple[Place, ...]) -> Tuple[np.ndarray, ...]:
+        """As `levenberg_marquardt.model`, of the mean error in p, for `to_p` = d (levels, weights) / d p."""
+        return levenberg_marquardt.model(run.errors, *self.derivatives(run, step, places), to_p)
+
+    def _recorded(self, part: slice, scheme: Scheme) -> Kept:
         """A batch from the first level to the last, and what each step began with."""
         x, check = self._initial(part, scheme.levels), FiniteCheck(self.noises.ends.device)
         kept, past, slope = [], (), self._slope(part, check)
@@ -198,7 +219,7 @@ class SolverRuns:
             x, past = integrate(recorder, x, sigma, entry, past, steps=[k])
             kept.append(_Start(*start, recorder.first))
         check.settle()
-        return _Kept(kept, x)
+        return Kept(kept, x)
 
     @torch.no_grad()
     def derivatives(self, run: Run, step: float, places: Tuple[Place, ...] = ()) -> Tuple[np.ndarray, np.ndarray]:
@@ -208,8 +229,14 @@ class SolverRuns:
             step: of the differences, as a fraction of the smaller of the two gaps beside a level; of a weight as it is.
             places: (k, j) of the weights that are free.
         """
-        count, before = len(run.scheme.levels) - 2 + len(places), self.stage.evaluations
-        rows = torch.zeros(len(self.noises.latents), count * (count + 1), dtype=torch.float64)
+        count = len(run.scheme.levels) - 2 + len(places)
+        full = self._derived(run, step, places, count * (count + 1))
+        return full[:, : count * count].reshape(-1, count, count), full[:, count * count :]
+
+    def _derived(self, run: Run, step: float, places: Tuple[Place, ...], width: int) -> np.ndarray:
+        """What `_products` gives, of all noises: [M, width]."""
+        before = self.stage.evaluations
+        rows = torch.zeros(len(self.noises.latents), width, dtype=torch.float64)
         more = {"places": places} if places else {}
         with self.world.phase(), full_precision():
             for part in self._share():
@@ -220,10 +247,9 @@ class SolverRuns:
                     moves = self._moves(run.scheme, step, places)
                     found = self.stage.make(what, partial(self._products, moves, part, kept))
                 rows[part] = found
-        full = self._sum(rows, before)
-        return full[:, : count * count].reshape(-1, count, count), full[:, count * count :]
+        return self._sum(rows, before)
 
-    def _moves(self, scheme: Scheme, step: float, places: Tuple[Place, ...]) -> Iterator[_Move]:
+    def _moves(self, scheme: Scheme, step: float, places: Tuple[Place, ...]) -> Iterator[Move]:
         """Each inner level moved up, then each free weight."""
         levels, weights, reach = scheme.levels, scheme.weights, self._entry(scheme).reach
         gaps = -np.diff(levels)
@@ -231,23 +257,27 @@ class SolverRuns:
             moved = levels.copy()
             moved[j] += step * min(gaps[j - 1], gaps[j])
             first = max(j - 1 - reach, 0)  # the first step that the move changes
-            yield _Move(Scheme(moved, weights), first, moved[j] - levels[j])
+            yield Move(Scheme(moved, weights), first, moved[j] - levels[j])
         for k, j in places:
             moved = weights.copy()
             moved[k, j] += step
-            yield _Move(Scheme(levels, moved), k, moved[k, j] - weights[k, j])
+            yield Move(Scheme(levels, moved), k, moved[k, j] - weights[k, j])
 
-    def _products(self, moves: Iterator[_Move], part: slice, kept: _Kept) -> torch.Tensor:
-        """jtj and jtr of a batch side by side, [B, P (P + 1)]: all that follows each move solved again."""
+    def _moved(self, moves: Iterator[Move], part: slice, kept: Kept) -> Iterator[Tuple[torch.Tensor, float]]:
+        """Where a batch ends after each move, all that follows it solved again; and the move's size."""
         check = FiniteCheck(self.noises.ends.device)
-        columns, slope, steps = [], self._slope(part, check), len(kept.starts)
+        slope, steps = self._slope(part, check), len(kept.starts)
         for scheme, first, size in moves:
             start, sigma = kept.starts[first], torch.tensor(scheme.levels)
             x, _ = integrate(_Replay(slope, start.slope), start.x, sigma, self._entry(scheme), start.past,
                              steps=range(first, steps))
-            columns.append((x - kept.end).flatten(1) / size)
+            yield x, size
             self.stage.tell()
         check.settle()
+
+    def _products(self, moves: Iterator[Move], part: slice, kept: Kept) -> torch.Tensor:
+        """jtj and jtr of a batch side by side, [B, P (P + 1)]."""
+        columns = [(x - kept.end).flatten(1) / size for x, size in self._moved(moves, part, kept)]
         residual = (kept.end - self.noises.ends[part]).flatten(1)  # [B, d]
         J = torch.stack(columns, dim=1)  # [B, P, d]
         jtj = J @ J.transpose(1, 2) / residual.shape[1]
