@@ -35,7 +35,7 @@ from art_edm.grids.grid import Grid
 from art_edm.measure.objectives import Objective, measure_objective
 from art_edm.measure.profile import Profile
 from art_edm.metrics.detectors import Detector
-from art_edm.metrics.end_point import EndPointError, better
+from art_edm.metrics.end_point import EndPointError
 from art_edm.models.denoiser import Denoiser
 from art_edm.refining import levenberg_marquardt
 from art_edm.refining.config import RefineConfig
@@ -50,7 +50,7 @@ from art_edm.runtime.store import Store
 from art_edm.sampling.solvers import SOLVERS, fitted, nfe, supported
 from art_edm.sampling.weighted import table_of
 
-__all__ = ["RefineResult", "RefinedGrids", "better", "check_refinable", "own_start", "refine", "refine_grids"]
+__all__ = ["RefineResult", "RefinedGrids", "check_refinable", "own_start", "refine", "refine_grids"]
 
 GIVEN, OWN = "given", "own local errors"  # names of grids to start from
 MAX_TRIALS = 7  # ever shorter steps of one search

@@ -11,11 +11,12 @@ import torch
 from art_edm.grids.clocks import GaussianClock
 from art_edm.grids.grid import Grid, edm, uniform
 from art_edm.measure.field import rms
+from art_edm.metrics.end_point import better
 from art_edm.models.analytic import one_dimensional
 from art_edm.refining import levenberg_marquardt as descent
 from art_edm.refining.config import RefineConfig
 from art_edm.refining.noise_sets import draw_noises
-from art_edm.refining.refine import better, refine
+from art_edm.refining.refine import refine
 from art_edm.runtime.context import Context
 from art_edm.sampling.solvers import SOLVERS, sample
 from tests.support.refine_fields import SHORT, mixture, pairs, start

@@ -11,11 +11,13 @@ from art_edm.grids.grid import Grid
 from art_edm.learning.config import TrainConfig
 from art_edm.learning.training import train
 from art_edm.measure.field import rms
+from art_edm.metrics.end_point import better
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.refining import refine as refine_module
+from art_edm.refining import solver_jacobian
 from art_edm.refining.config import RefineConfig
 from art_edm.refining.noise_sets import draw_noises
-from art_edm.refining.refine import OWN, better, own_start, refine, refine_grids
+from art_edm.refining.refine import OWN, own_start, refine, refine_grids
 from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import ALONE
 from art_edm.runtime.store import Store
@@ -70,7 +72,7 @@ def test_validation_may_refuse_a_start(monkeypatch):
     assert errors[near][1].mean() > errors[first][1].mean()
     result = go()
     assert result.start == "given" and result.error_after.mean <= result.error_before.mean
-    monkeypatch.setattr(refine_module, "better", lambda before, after: True)  # a twin that does not ask them
+    monkeypatch.setattr(solver_jacobian, "better", lambda before, after: True)  # a twin that does not ask them
     least = min((first, near), key=lambda grid: sum(each.sum() for each in errors[grid]))
     assert go().start == ("near" if least is near else "given") == "near"
 
@@ -86,7 +88,7 @@ def test_a_grid_between_is_returned_where_the_best_step_is_refused(images, monke
     with monkeypatch.context() as patch:
         patch.setattr(refine_module, "SHARES", ())
         assert refine(images, given, "dpmpp2m", config, eights(), drawn).grid == given
-    monkeypatch.setattr(refine_module, "better", lambda before, after: after.mean() <= before.mean())
+    monkeypatch.setattr(solver_jacobian, "better", lambda before, after: after.mean() <= before.mean())
     careless = refine(images, given, "dpmpp2m", config, eights(), drawn)  # the step itself
     assert careless.share == 1 and not better(before, errors_of(images, careless.grid, drawn.validation, "dpmpp2m"))
     step, found = (np.log(grid.values[1:-1] / given.values[1:-1]) for grid in (careless.grid, result.grid))
@@ -101,7 +103,7 @@ def test_between_is_between_the_given_grid_and_the_best_step(images, monkeypatch
     result = go()
     assert result.start == "other" and result.share < 1
     with monkeypatch.context() as patch:  # every step is offered; the least error of the history is the best step
-        patch.setattr(refine_module, "better", lambda before, after: True)
+        patch.setattr(solver_jacobian, "better", lambda before, after: True)
         least = go().grid.values
     top, inner = given.values[0], lambda share: np.exp(
         (1 - share) * np.log(given.values[1:-1]) + share * np.log(least[1:-1]))
