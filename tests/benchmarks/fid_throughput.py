@@ -29,13 +29,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from art_edm.metrics.detectors import CallDetector
 from art_edm.metrics.image_folders import ImageSet, open_images
+from art_edm.metrics.panel import Accumulators, Panel
 from art_edm.runtime.cli import versions
 from art_edm.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from tests.support.fid_standin import StandIn, run_upstream, save_pickle, upstream_folder  # noqa: E402
+from tests.support.fid_standin import StandIn, run_upstream, save_pickle  # noqa: E402
+from tests.support.upstream import checkouts  # noqa: E402
 
 DIM = 2048  # upstream's script knows no other
 
@@ -88,6 +91,27 @@ def readers(folder: Path, workers: int) -> Dict[str, float]:
     }
 
 
+def share_of_scores(size: int, repeats: int = 10, batches: int = 10) -> Dict[str, float]:
+    """CPU seconds of FID alone and of FID with the Inception score, 1008 classes, by turns, and their median ratio.
+
+    Inception's own time, the same in both, is left out: with it the ratio is nearer to 1.
+    """
+    net = StandIn(3 * size * size, DIM, 1008, torch.float32)
+    detector = CallDetector(net, "stand-in", "0" * 64, (3, size, size), torch.device("cpu"), scores=True)
+    pixels = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8)
+
+    def cost(metrics: List[str]) -> float:
+        found = Accumulators(Panel(metrics, {"detector": detector}), 64 * batches)
+        began = time.process_time()
+        for i in range(batches):
+            found.update(pixels, range(64 * i, 64 * (i + 1)), ["image"] * 64)
+        return time.process_time() - began
+
+    pairs = np.array([(cost(["fid"]), cost(["fid", "is"])) for _ in range(repeats)])
+    alone, both = np.median(pairs, axis=0)
+    return {"fid": alone, "fid,is": both, "ratio": float(np.median(pairs[:, 1] / pairs[:, 0]))}
+
+
 @click.command()
 @click.option("--num", default=5000, show_default=True, help="Images.")
 @click.option("--size", default=32, show_default=True, help="Their width and height.")
@@ -95,7 +119,7 @@ def readers(folder: Path, workers: int) -> Dict[str, float]:
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the results as JSON.")
 def main(num: int, size: int, threads: int, out: Optional[Path]) -> None:
     """Print the times of both."""
-    if upstream_folder() is None:
+    if checkouts() is None:
         raise click.ClickException("found no edm/ and edm2/, expected them in ART_EDM_UPSTREAM or third_party")
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "images")
@@ -114,6 +138,8 @@ def main(num: int, size: int, threads: int, out: Optional[Path]) -> None:
             click.echo(f"{key:5} ours {ours:6.2f} s ({num / ours:5.0f} images/s)  upstream {theirs:6.2f} s  "
                        f"ratio {theirs / ours:.2f}")
         results["reading"] = readers(images, threads)
+    results["scores"] = share_of_scores(size)
+    click.echo("fid,is over fid: {ratio:.3f} ({fid:.2f} and {fid,is:.2f} s of CPU)".format(**results["scores"]))
     click.echo("reading alone: " + ", ".join(f"{key} {value:.2f} s" for key, value in results["reading"].items()))
     if out is not None:
         write_json(out, {"num": num, "size": size, "torch_threads": threads, **results, "versions": versions()})
