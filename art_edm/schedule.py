@@ -164,20 +164,21 @@ def learn_schedule(
 # ---- checks before any work ----
 
 
-def parse_steps(text: str) -> Tuple[int, ...]:
+def parse_steps(text: str, option: str = "--steps") -> Tuple[int, ...]:
     """'18' or '2,3,5' to numbers of steps; raises a ValueError for what is none, or is there twice."""
     parts = text.split(",")
-    return _checked_steps([int(part) if re.fullmatch(r" *[1-9][0-9]{0,5} *", part) else part for part in parts])
+    return _checked_steps([int(part) if re.fullmatch(r" *[1-9][0-9]{0,5} *", part) else part for part in parts], option)
 
 
-def _checked_steps(steps: Sequence[Any]) -> Tuple[int, ...]:
+def _checked_steps(steps: Sequence[Any], option: str) -> Tuple[int, ...]:
     """Numbers of steps, or of evaluations: whole, from 1, each once."""
     for k in steps:
         if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= MAX_STEPS:
-            raise ValueError(f"found {k!r}, expected whole numbers from 1 to {MAX_STEPS}, such as 18 or 2,3,5")
+            raise ValueError(f"found {k!r} in {option}, expected whole numbers from 1 to {MAX_STEPS}, such as 2,3,5")
     twice = [k for i, k in enumerate(steps) if k in steps[:i]]
     if twice or not steps:
-        raise ValueError(f"found {twice[0]} twice; give each number once" if twice else "found no numbers")
+        raise ValueError(f"found {twice[0]} twice in {option}; give each number once" if twice else
+                         f"found no numbers in {option}; give one, such as 18")
     return tuple(int(k) for k in steps)
 
 
@@ -187,8 +188,8 @@ def _wanted(steps: Optional[Sequence[int]], options: ScheduleOptions) -> Wanted:
     if options.nfe is None:
         default = WEIGHTS_SOLVER if options.refine == "weights" else "heun"
         solver = solver or (default if options.refine or options.objective == "solver" else None)
-        return {k: {solver: k} for k in _checked_steps((18,) if steps is None else steps)}
-    evaluations = _checked_steps(options.nfe)
+        return {k: {solver: k} for k in _checked_steps((18,) if steps is None else steps, "--steps")}
+    evaluations = _checked_steps(options.nfe, "--nfe")
     given = f"found --nfe={','.join(map(str, evaluations))}"
     if steps is not None:
         raise ValueError(f"{given} and --steps={','.join(map(str, steps))}, but the solver's number of steps follows "

@@ -345,8 +345,11 @@ def test_options_without_effect_are_refused(options, text):
 
 @pytest.mark.parametrize("text", ["0", "x", "2,2", "1.5", "", "1000000", "²"])
 def test_numbers_of_steps_that_are_none(text):
-    with pytest.raises(ValueError, match="found"):
-        parse_steps(text)
+    for given in ({"option": "--nfe"}, {}):
+        with pytest.raises(ValueError, match=f"found .* in {given.get('option', '--steps')}[,;] (expected|give)"):
+            parse_steps(text, **given)
+    with pytest.raises(ValueError, match="found 0 in --nfe, expected whole numbers from 1"):
+        learn_schedule(gaussian(), options=ScheduleOptions(nfe=(0,)))
     assert parse_steps("18") == (18,) and parse_steps("2, 3,5") == (2, 3, 5)
 
 

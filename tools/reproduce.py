@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Any, Optional, Tuple
 
 import click
+from click.core import ParameterSource
 
 from art_edm.runtime.cli import Command
+
+
+def _folder(context: click.Context, parameter: click.Parameter, value: Optional[Path]) -> Optional[Path]:
+    """A folder that is named in the command must be there; the environment's may serve other work."""
+    given = context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    if given and not value.is_dir():
+        raise click.BadParameter(f"found no folder {value}, expected one with MNIST's four files")
+    return value
 
 
 @click.command(cls=Command, groups={
@@ -17,7 +26,7 @@ from art_edm.runtime.cli import Command
 @click.argument("names", nargs=-1, metavar="[TABLE|FIGURE|ablation|transfer]...")
 @click.option("--networks", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="DIR",
               help="Folder with NVIDIA's pickles, reference statistics and Inception, under their official names.")
-@click.option("--mnist", type=click.Path(path_type=Path), metavar="DIR", envvar="ART_EDM_MNIST",
+@click.option("--mnist", type=click.Path(path_type=Path), callback=_folder, metavar="DIR", envvar="ART_EDM_MNIST",
               help="Folder with MNIST's four files.  [default: $ART_EDM_MNIST, else a download]")
 @click.option("--cifar10", type=click.Path(exists=True, path_type=Path), metavar="ARCHIVE|DIR",
               help="CIFAR-10 as JPEGs train/CLASS/NNNN.jpg, a folder or a .tar.xz, for `transfer` and the ablations.")

@@ -85,7 +85,8 @@ def main(network: str, steps: Optional[str], nfe: Optional[str], out: Optional[s
     from art_edm.models.loading import local_copy
     from art_edm.schedule import ScheduleOptions, learn_schedule, parse_steps
 
-    steps, nfe = (None if text is None else parse_steps(text) for text in (steps, nfe))
+    steps, nfe = (None if text is None else parse_steps(text, option)
+                  for text, option in ((steps, "--steps"), (nfe, "--nfe")))
     pattern = out or f"art_{{network}}{'{steps}' if nfe is None else '_nfe{nfe}'}.npy"
     given["refine"] = given["refine"] or False
     learned = learn_schedule(network, steps, ScheduleOptions(nfe=nfe, **given), pattern)

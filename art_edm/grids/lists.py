@@ -95,6 +95,10 @@ def read_list(source: str) -> np.ndarray:
         try:
             return np.array(_from_text(source))
         except GridError as error:
+            if source[-5:].endswith(FORMATS) or is_folder(source):
+                found = "a folder" if is_folder(source) else "no file"
+                raise GridError(f"found {found} {source}, expected a .json, .csv or text file of noise levels; check "
+                                "the name") from None
             raise GridError(f"found no file of that name and no list of numbers: {error}") from None
     if path.suffix == ".npy":
         raise GridError(f"{path}: found a .npy, expected a .json, .csv or text file; a grid needs no import")
@@ -119,6 +123,14 @@ def list_file(source: str) -> Optional[Path]:
         return Path(source) if Path(source).is_file() else None
     except (OSError, ValueError):  # too long for a name: numbers
         return None
+
+
+def is_folder(source: str) -> bool:
+    """Whether `source` is the name of a folder."""
+    try:
+        return Path(source).is_dir()
+    except (OSError, ValueError):  # too long for a name
+        return False
 
 
 def finish(levels: Sequence[float], end: Optional[str] = None) -> Grid:

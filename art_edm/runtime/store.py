@@ -74,7 +74,9 @@ class Store:
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot make the folder {folder}: {error.strerror}; choose another one") from None
+            hint = "remove that file, or choose" if isinstance(error, FileExistsError) else "choose"
+            raise ValueError(f"cannot make the folder {folder} for unfinished work: {error.strerror}; {hint} another "
+                             "--out or --cache") from None
 
     def path(self, what: Any) -> Path:
         """Where the entry is or will be; only of a store in a folder."""

@@ -151,8 +151,11 @@ def test_import_refuses(run):
     assert_refused(run("import", "sigmas.json", "--out=g.npy"), "sigmas.json: found a list that ends at 1")
     assert_refused(run("import", "sigmas.json", "--end=append", "--out=sigmas.npy"), "expected a grid's provenance")
     assert_refused(run("import", "80, 1", "--end=clamp", "--out=g.npy"), "'clamp' is not one of")
-    assert_refused(run("import", "none.txt", "--out=g.npy"), "found no file of that name and no list of numbers",
-                   "'none.txt'")
+    assert_refused(run("import", "none.txt", "--out=g.npy"), "found no file none.txt, expected a .json, .csv or text")
+    assert_refused(run("import", "none", "--out=g.npy"), "found no file of that name and no list of numbers", "'none'")
+    Path("lists.csv").mkdir()
+    assert_refused(run("import", "lists.csv", "--out=g.npy"), "found a folder lists.csv, expected a .json, .csv")
+    Path("lists.csv").rmdir()
     assert_refused(run("import", "80, " * 5000, "--out=g.npy"), "found 80 twice")  # too long for a name
     assert_refused(run("import", "", "--out=g.npy"), "found 0 value(s)")
     assert_refused(run("import", "80, 1, 0"), "Missing option '--out'")

@@ -118,8 +118,10 @@ def test_parts_by_rank_until_the_entry_is_finished(tmp_path):
 
 def test_a_file_in_the_way_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot make the folder .*file.*; choose another one"):
+    with pytest.raises(ValueError, match="cannot make the folder .*file.*; remove that file, or choose another --out"):
         Store(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot make the folder .*: Not a directory; choose another --out"):
+        Store(tmp_path / "file" / "inside")
 
 
 @pytest.mark.parametrize("folder", ["made", None])

@@ -287,3 +287,11 @@ def test_the_report_marks_the_best_and_what_is_lacking(tmp_path):
     report = (tmp_path / "README.md").read_text()
     for text in ("## table9: a title", "| table2 | x.pkl: `curl` |", "- table3: went wrong"):
         assert text in report
+
+
+def test_a_folder_of_mnist_that_is_named_must_be_there(tool, monkeypatch):
+    run = tool("reproduce")
+    refused = run("table1", "--list", "--mnist=nowhere")
+    assert refused.exit_code == 2 and "found no folder nowhere, expected one with MNIST's" in refused.output
+    monkeypatch.setenv("ART_EDM_MNIST", "nowhere")  # of other work, perhaps
+    assert run("table1", "--list").exit_code == 0
