@@ -30,5 +30,5 @@ class RefineConfig:
 
     @classmethod
     def of_weights(cls, **changed: Any) -> "RefineConfig":
-        """For levels and weights: more noises, whose exact paths need not be as fine where few steps are taken."""
-        return cls(**{"weights": True, "noises": 64, "fine_steps": 20, **changed})
+        """For levels and weights in few steps: their errors are large, and exact paths need not be as fine."""
+        return cls(**{"weights": True, "fine_steps": 20, "damping": 0.01, **changed})

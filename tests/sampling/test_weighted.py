@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from art_edm.grids.grid import Grid
+from art_edm.grids.grid import Grid, save_grid
+from art_edm.grids.weights import written_rows
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.sampling.solvers import SOLVERS, integrate, nfe, sample, slope_of
 from art_edm.sampling.weighted import table_of, weighted
@@ -60,3 +64,19 @@ def test_one_step_with_its_exact_weight_ends_where_the_path_ends():
     exact = latents * s  # it starts at x_0 = sqrt(s^2 + sigma_0^2) latents
     assert (sample(model, latents, grid, weighted(np.array([[weight]]))) - exact).abs().max() < 1e-12
     assert (sample(model, latents, grid, "euler") - exact).abs().max() > 0.1
+
+
+def test_the_ten_lines_of_the_docs_sample_as_we_do(tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "art_edm" / "docs" / "grids.md"
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+               if "def sample_weighted" in block)
+    monkeypatch.chdir(tmp_path)
+    grid, table = Grid(LEVELS), table_of("clock", LEVELS) * 0.99
+    save_grid("art5.npy", grid, {"weights": written_rows(table)})
+    model = mixture()
+    noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    names = {"model": lambda x, sigma: model(x, sigma), "noise": noise}
+    with torch.no_grad():
+        exec(code, names)
+    assert (names["images"] - sample(model, noise, grid, weighted(table))).abs().max() < 1e-12
+    assert (names["images"] - sample(model, noise, grid, "clock")).abs().max() > 1e-3  # the twin
