@@ -27,6 +27,7 @@ from art_edm.compare.score_folders import compare, open_entries, parse_entries
 from art_edm.compare.score_grids import Fine, Plan, score
 from art_edm.compare.tables import FORMATS, Row, lines, write
 from art_edm.grids.plots import check_plotting
+from art_edm.grids.weights import WEIGHTS
 from art_edm.models.latents import decoder_of
 from art_edm.models.loading import Network, load_network
 from art_edm.runtime.cli import Command
@@ -83,8 +84,8 @@ GEN_HELP = {
 @click.option("--grid", "grids", default="edm", show_default=True, callback=several(), metavar="LIST",
               help="Rules and files with commas between: edm, dpm, uniform, F.npy, F{steps}.npy or NAME=F.npy.")
 @click.option("--steps", default="18", show_default=True, callback=_steps, metavar="LIST", help="Numbers of steps.")
-@click.option("--solver", "solvers", default="heun", show_default=True, callback=several(lambda: SOLVERS),
-              metavar="LIST", help=", ".join(SOLVERS) + ".")
+@click.option("--solver", "solvers", default="heun", show_default=True, callback=several(lambda: [*SOLVERS, WEIGHTS]),
+              metavar="LIST", help=", ".join(SOLVERS) + "; weights: those of a grid's own, if its sidecar has them.")
 @click.option("--num", type=click.IntRange(2), default=50_000, show_default=True, metavar="N", help="Images per block.")
 @click.option("--blocks", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Seed blocks, for a standard error; block b has the images b N, b N + 1, ...")
@@ -135,6 +136,9 @@ def gen_command(**options: Any) -> None:
 def _plan(options: Dict[str, Any], network: Network, context: Context) -> Tuple[Plan, Row]:
     """What is to be done, and the record of the reference."""
     choices = choose_grids(options["grids"], options["steps"], network.denoiser)
+    if WEIGHTS in options["solvers"] and all(choice.weights() is None for choice in choices):
+        raise ValueError(f"found --solver={WEIGHTS} and no grid whose sidecar has some, expected one; learn it with "
+                         "train_schedule.py --refine=weights")
     fine = Fine(options["error_noises"], options["error_steps"], options["error_solver"])
     plan = Plan(network, choices, options["solvers"], options["num"], options["blocks"], options["seed"],
                 fine=fine if options["reference_error"] else None)

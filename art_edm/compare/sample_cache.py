@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from art_edm.runtime.errors import Stopped
 from art_edm.runtime.progress import GracefulStop, Progress
 from art_edm.runtime.store import Content, Store
 from art_edm.sampling.noise import noise_and_labels
-from art_edm.sampling.solvers import nfe, sample
+from art_edm.sampling.solvers import Solver, nfe, sample
+from art_edm.sampling.weighted import weighted
 
 __all__ = ["Samples", "Scored", "Work", "end_points", "entry", "scored"]
 
@@ -53,6 +54,12 @@ class Samples:
     num: int
     seed: int = 0
     first: int = 0
+    weights: Optional[np.ndarray] = None  # [K, K], in place of the solver's
+
+    @property
+    def entry(self) -> Union[str, Solver]:
+        """What takes the steps."""
+        return self.solver if self.weights is None else weighted(self.weights)
 
     @property
     def what(self) -> Dict[str, Any]:
@@ -60,13 +67,13 @@ class Samples:
         return {
             "method": _METHOD, "network": self.network.sha256 or self.network.name, "details": self.network.details,
             "levels": self.grid.values.tolist(), "solver": self.solver, "seed": self.seed, "first": self.first,
-            "num": self.num,
+            "num": self.num, **({} if self.weights is None else {"weights": self.weights.tolist()}),
         }
 
     @property
     def evaluations(self) -> int:
         """Evaluations of the denoiser for all images."""
-        return self.num * nfe(self.solver, self.grid.num_steps)
+        return self.num * nfe(self.entry, self.grid.num_steps)
 
 
 @dataclass
@@ -192,7 +199,7 @@ def _shares(samples: Samples, covered: List[Span], work: Work) -> Iterator[range
 
 def _sample(samples: Samples, what: Dict[str, Any], tally: Tally, covered: List[Span], work: Work) -> None:
     """Make this process's share of the images."""
-    denoiser, cost = samples.network.denoiser, nfe(samples.solver, samples.grid.num_steps)
+    denoiser, cost = samples.network.denoiser, nfe(samples.entry, samples.grid.num_steps)
     work.skip(cost * sum(b - a for a, b in covered))
     saved = time.monotonic()
     try:
@@ -216,7 +223,7 @@ def _sample(samples: Samples, what: Dict[str, Any], tally: Tally, covered: List[
 
 def _images(denoiser: Denoiser, samples: Samples, indices: range, work: Work) -> torch.Tensor:
     """Images float64 [b, C, H, W] of these indices."""
-    share = nfe(samples.solver, samples.grid.num_steps) / samples.grid.num_steps * work.world.size
+    share = nfe(samples.entry, samples.grid.num_steps) / samples.grid.num_steps * work.world.size
 
     def on_step(k: int, sigma: float, x: torch.Tensor) -> None:
         work.show(k * share * len(x))
@@ -224,7 +231,7 @@ def _images(denoiser: Denoiser, samples: Samples, indices: range, work: Work) ->
 
     with torch.inference_mode():
         noise, labels = noise_and_labels(denoiser, samples.seed, indices)
-        return sample(denoiser, noise, samples.grid, samples.solver, labels, on_step=on_step)
+        return sample(denoiser, noise, samples.grid, samples.entry, labels, on_step=on_step)
 
 
 def _keep(what: Dict[str, Any], tally: Tally, work: Work) -> None:

@@ -4,7 +4,8 @@ Symbols
 -------
 cell        one grid, number of steps and solver
 block       `num` images of a cell; block b has the indices b num, ..., (b + 1) num - 1 of the seed
-difference  of a cell's FID to that of the first grid in as many steps by the same solver, from the same noise
+difference  of a cell's FID to that of the first grid in as many steps by the same solver, from the same noise; by
+            "weights", those of a grid's own, to that by the first solver
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from art_edm.compare.accumulators import as_pixels
 from art_edm.compare.sample_cache import Samples, Work, end_points, scored
 from art_edm.compare.tables import Row, add_differences, add_measurements, fields
-from art_edm.grids.grid import Grid
+from art_edm.grids.weights import WEIGHTS
 from art_edm.metrics.end_point import end_point_error
 from art_edm.metrics.feature_stats import METRICS
 from art_edm.metrics.metric import Metric, measure, paired_distance, pooled
@@ -74,26 +75,28 @@ class Plan:
         return self.panel is not None and all(
             name in self.references or not METRICS[name].needs_reference for name in self.panel.metrics)
 
-    def samples(self, grid: Grid, solver: str, block: int, num: Optional[int] = None) -> Samples:
+    def samples(self, choice: Choice, solver: str, block: int, num: Optional[int] = None) -> Samples:
         """What is sampled for one block."""
-        return Samples(self.network, grid, solver, num or self.num, self.seed, block * self.num)
+        weights = choice.weights() if solver == WEIGHTS else None
+        return Samples(self.network, choice.grid, solver, num or self.num, self.seed, block * self.num, weights)
 
     @property
-    def fine_grid(self) -> Grid:
+    def fine_grid(self) -> Choice:
         """EDM's rule in many steps."""
-        return hand_made(self.network.denoiser, self.fine.num_steps)["edm"]
+        return Choice("edm", hand_made(self.network.denoiser, self.fine.num_steps)["edm"], "rule")
 
     @property
     def cells(self) -> Iterator[Tuple[Choice, str]]:
-        """Every cell."""
-        return ((choice, solver) for solver in self.solvers for choice in self.choices)
+        """Every cell; with the solver "weights" the grids that have some."""
+        return ((choice, solver) for solver in self.solvers for choice in self.choices
+                if solver != WEIGHTS or choice.weights() is not None)
 
     @property
     def evaluations(self) -> int:
         """Evaluations of the denoiser, if none is done yet."""
         images = self.num if self.scores else 0
         images += self.fine.noises if self.fine else 0
-        count = sum(images * nfe(solver, choice.grid.num_steps) for choice, solver in self.cells)
+        count = sum(images * _evaluations(choice, solver) for choice, solver in self.cells)
         fine = self.fine.noises * nfe(self.fine.solver, self.fine.num_steps) if self.fine else 0
         return self.blocks * (count + fine * len(list(self.cells)))
 
@@ -119,21 +122,25 @@ def score(plan: Plan, work: Work) -> List[Row]:
     if work.world.rank > 0:
         return []
     if found:
-        first = {(row["steps"], row["solver"]): i for i, row in reversed(list(enumerate(rows)))}
-        add_differences(rows, found, lambda i: first[rows[i]["steps"], rows[i]["solver"]], lambda i, j: None)
+        key = lambda row: (row["steps"], plan.solvers[0] if row["solver"] == WEIGHTS else row["solver"])
+        first = {key(row): i for i, row in reversed(list(enumerate(rows)))}
+        add_differences(rows, found, lambda i: first[key(rows[i])], lambda i, j: None)
     return rows
 
 
 def _check_fine(plan: Plan) -> None:
     try:
-        supported(plan.network.denoiser, plan.fine_grid)
+        supported(plan.network.denoiser, plan.fine_grid.grid)
     except ValueError as error:
         raise ValueError(f"the fine solution in {plan.fine.num_steps} steps: {error}; change --error-steps") from None
 
 
+def _evaluations(choice: Choice, solver: str) -> int:
+    return choice.grid.num_steps if solver == WEIGHTS else nfe(solver, choice.grid.num_steps)
+
+
 def _described(plan: Plan, choice: Choice, solver: str) -> Row:
-    steps = choice.grid.num_steps
-    evaluations = nfe(solver, steps)
+    steps, evaluations = choice.grid.num_steps, _evaluations(choice, solver)
     return {
         "name": choice.name, "origin": choice.origin, "steps": steps, "solver": solver, "nfe": evaluations,
         "network_calls": evaluations * plan.network.denoiser.networks,
@@ -145,7 +152,7 @@ def _described(plan: Plan, choice: Choice, solver: str) -> Row:
 def _images(plan: Plan, choice: Choice, solver: str, work: Work, row: Row) -> Dict[str, Measurement]:
     """The metrics of all blocks, put into the row too; nothing on processes other than 0."""
     groups = plan.panel.groups(plan.num, plan.blocks)
-    blocks = [scored(plan.samples(choice.grid, solver, block), plan.panel, work, groups, plan.decode)
+    blocks = [scored(plan.samples(choice, solver, block), plan.panel, work, groups, plan.decode)
               for block in range(plan.blocks)]
     if work.world.rank > 0:
         return {}
@@ -155,7 +162,7 @@ def _images(plan: Plan, choice: Choice, solver: str, work: Work, row: Row) -> Di
 
 def _error(plan: Plan, choice: Choice, solver: str, work: Work) -> Row:
     """End-point error over the first noises of all blocks, in pixels and in the features of every metric."""
-    ends = [_Ends(plan, plan.samples(choice.grid, solver, block, plan.fine.noises)) for block in range(plan.blocks)]
+    ends = [_Ends(plan, plan.samples(choice, solver, block, plan.fine.noises)) for block in range(plan.blocks)]
     exact = [_Ends(plan, plan.samples(plan.fine_grid, plan.fine.solver, block, plan.fine.noises))
              for block in range(plan.blocks)]
     points = [[end_points(each.samples, work) for each in side] for side in (ends, exact)]

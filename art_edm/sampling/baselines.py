@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
 
-from art_edm.grids.grid import RULES, Grid, GridError, load_grid, read_off
+from art_edm.grids.grid import RULES, Grid, GridError, load_grid, load_provenance, read_off
+from art_edm.grids.weights import recorded_weights
 from art_edm.models.denoiser import Denoiser
 from art_edm.sampling.solvers import supported
 
@@ -28,6 +29,11 @@ class Choice(NamedTuple):
     grid: Grid
     origin: str  # "rule", "file" or "resampled from K"
     note: str = ""  # of a rule with more steps than the network has levels for
+    path: str = ""  # of a file that is taken as it is
+
+    def weights(self) -> Optional[np.ndarray]:
+        """The table [K, K] of the grid's sidecar, None if there is none; a GridError for one of another grid."""
+        return recorded_weights(load_provenance(self.path), self.grid.num_steps) if self.path else None
 
 
 def choose_grids(specs: Sequence[str], steps: Sequence[int], denoiser: Denoiser) -> List[Choice]:
@@ -79,11 +85,12 @@ def _rule(name: str, num_steps: int, denoiser: Denoiser) -> Choice:
 
 
 def _from_file(name: str, path: str, num_steps: int) -> Choice:
-    grid = load_grid(path.replace("{steps}", str(num_steps)))
+    here = path.replace("{steps}", str(num_steps))
+    grid = load_grid(here)
     if grid.num_steps == num_steps:
-        return Choice(name, grid, "file")
+        return Choice(name, grid, "file", path=here)
     if "{steps}" in path:
-        found = f"{path.replace('{steps}', str(num_steps))}: found {grid.num_steps} steps"
+        found = f"{here}: found {grid.num_steps} steps"
         raise GridError(f"{found}, expected {num_steps} by its name; rename it")
     return Choice(name, read_off(grid, num_steps), f"resampled from {grid.num_steps}")
 

@@ -15,7 +15,7 @@ import art_edm.compare.sample_cache as sample_cache
 from art_edm.compare.sample_cache import Samples, Work, end_points, scored
 from art_edm.compare.score_grids import Fine, Plan, score
 from art_edm.compare.tables import lines
-from art_edm.grids.grid import edm
+from art_edm.grids.grid import GridError, edm, save_grid
 from art_edm.metrics.detectors import Detector
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.panel import Panel
@@ -274,13 +274,40 @@ class Vae:
     missing = None
 
 
+def test_weights_of_a_sidecar_are_sampled_and_compared_to_the_first_solver(tmp_path):
+    """Rows (w): every step multiplies the distance from the mean by 1 + w h sigma / (v + sigma^2)."""
+    rows = [[0.9 + 0.01 * k] for k in range(TEN.num_steps)]
+    save_grid(tmp_path / "w.npy", TEN, {"weights": rows})
+    choices = choose_grids(["edm", str(tmp_path / "w.npy")], [10], gaussian().denoiser)
+    assert [choice.weights() is None for choice in choices] == [True, False]
+    reference = moments_as(np.zeros(3), np.eye(3))
+    plan = Plan(gaussian(), choices, ("euler", "weights"), 60, 2, 0, panel(Linear()), reference, Fine(16))
+    assert [(choice.name, solver) for choice, solver in plan.cells] == [
+        ("edm", "euler"), ("w", "euler"), ("w", "weights")]
+    made = end_points(plan.samples(choices[1], "weights", 1, 20), work(tmp_path))
+    factor = 1.0
+    for (weight,), sigma, after in zip(rows, TEN.values[:-1], TEN.values[1:]):
+        factor *= 1 + weight * (after - sigma) * sigma / (STD**2 + sigma**2)
+    z = latents(0, range(60, 80), SHAPE).double().flatten(1).numpy()
+    assert made == pytest.approx(MEAN + factor * np.sqrt(STD**2 + 80**2) * z, rel=1e-9)
+    assert abs(gain(TEN, "euler") / factor - 1) > 0.01  # the twin
+    table = score(plan, work(tmp_path))
+    assert [row["nfe"] for row in table] == [10, 10, 10] and table[0]["fid"] == table[1]["fid"] != table[2]["fid"]
+    assert table[2]["fid_difference"] == pytest.approx(table[2]["fid"] - table[0]["fid"], rel=1e-9)
+    save_grid(tmp_path / "other.npy", GRID, {})
+    (tmp_path / "w.npy").write_bytes((tmp_path / "other.npy").read_bytes())
+    with pytest.raises(GridError, match="the provenance of another file"):
+        choose_grids([str(tmp_path / "w.npy")], [GRID.num_steps], gaussian().denoiser)[0].weights()
+
+
 def test_latents_are_decoded_before_a_detector_sees_them(tmp_path):
     network = Network(GaussianDenoiser(MEAN, STD**2, (4, 1, 1)), "edm2", None, {}, Vae())
     decode, detector = decoder_of(network), Linear()
     detector.matrix = torch.randn(3, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plan = Plan(network, [Choice("edm", GRID, "rule")], decode=decode, panel=panel(detector), num=30)
     assert plan.image_shape == (3, 8, 8)
-    found = scored(plan.samples(GRID, "heun", 0), panel(detector, "kid"), work(tmp_path), 1, decode).of["kid"][0]
+    what = plan.samples(plan.choices[0], "heun", 0)
+    found = scored(what, panel(detector, "kid"), work(tmp_path), 1, decode).of["kid"][0]
     z = latents(0, range(30), (4, 1, 1)).double()
     exact = MEAN + gain(GRID) * np.sqrt(STD**2 + 80**2) * z
     pixels = Vae().decode(exact[:8].float()).flatten(1).double()
