@@ -44,6 +44,7 @@ from art_edm.measure.objectives import expected_evaluations
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network, load_network
 from art_edm.refining.config import RefineConfig
+from art_edm.refining.feature_runs import check_judge, described, load_judge
 from art_edm.refining.refine import check_refinable, refine_grids
 from art_edm.runtime.context import Context
 from art_edm.runtime.distributed import World, world
@@ -76,10 +77,11 @@ class ScheduleOptions:
     trajectories: Optional[int] = None  # dense trajectories, at most
     seed: int = 0  # of all randomness
     objective: str = "art"  # art: |Q|, as in the paper; solver: the local errors of `solver`; sde: of the reverse SDE
-    solver: Optional[str] = None  # of objective "solver", `refine` and `nfe`; None: heun, for weights clock, with `nfe`
-    # chosen
+    solver: Optional[str] = None  # of objective "solver", `refine`, `nfe`; None: heun, weights: clock, `nfe`: chosen
     refine: Union[bool, str] = False  # then move the levels to where `solver` ends nearest to the exact solution: True
     # or "levels"; "weights": those of each step, too, beginning with the solver's
+    refine_by: str = "error"  # near by the end-point error, or by the "features" that `detector` gives of the ends
+    detector: Optional[str] = None  # as of `metrics.detectors`; None: lenet for grey 28 x 28 images, else inception
     nfe: Optional[Sequence[int]] = None  # numbers of evaluations per image, in place of steps: `budget.recommended`
     # says by which solver, with `refine` the one of `budget.candidates` that ends nearest on validation noises
     sigma_max: Optional[float] = None  # first noise level
@@ -213,6 +215,7 @@ def _config(options: ScheduleOptions) -> TrainConfig:
             raise ValueError(f"found --{name}={found}, expected {', '.join(known)}{gone}")
     if options.refine not in (False, True, *REFINEMENTS):
         raise ValueError(f"found --refine={options.refine}, expected {' or '.join(REFINEMENTS)}")
+    check_judge(options.refine_by, options.detector, bool(options.refine))
     if options.solver is not None:
         order_of(options.solver)
         if options.objective == "solver":
@@ -355,13 +358,14 @@ class _Job:
         self, network: Network, config: TrainConfig, options: ScheduleOptions, here: World, goal: _Goal
     ) -> None:
         self.network, self.config, self.options, self.world, self.goal = network, config, options, here, goal
-        self.denoiser, self.seconds = network.denoiser, {}
+        self.denoiser, self.seconds, self.detector = network.denoiser, {}, None
         self.solvers = list(dict.fromkeys(solver for each in goal.wanted.values() for solver in each))
         self.most_steps = max(k for each in goal.wanted.values() for k in each.values())
 
     def check(self) -> None:
         """What needs the network, and not yet its evaluation."""
         check_steps(self.denoiser, self.most_steps)
+        self.detector = load_judge(self.options.refine_by, self.options.detector, self.denoiser, self.options.quiet)
         if self.options.refine:
             for solver in self.solvers:
                 check_refinable(self.denoiser, solver, self.options.refine == "weights")
@@ -381,7 +385,7 @@ class _Job:
         record = {
             "network": {"name": network.name, "sha256": network.sha256, **network.details},
             "settings": config.settings(), "objective": self.options.objective,
-            "refine": True if self.options.refine == "levels" else self.options.refine,
+            "refine": described(self.options.refine, self.detector),
             "sigma_min": denoiser.sigma_min, "sigma_max": denoiser.sigma_max,
         }
         if self.options.nfe is not None:
@@ -443,7 +447,8 @@ class _Job:
         weights = self.options.refine == "weights"
         own_clock = self.options.objective != "solver" and not weights
         settings = RefineConfig.of_weights(seed=seed) if weights else RefineConfig(seed=seed)
-        found = refine_grids(self.denoiser, grids, settings, context, own_clock)
+        judged = settings.for_features() if self.detector else settings
+        found = refine_grids(self.denoiser, grids, judged, context, own_clock, self.detector)
         result.evaluations.update(found.evaluations)
         result.seconds.update(found.seconds)
         for key, one in found.results.items():

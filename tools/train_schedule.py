@@ -15,7 +15,8 @@ PRESETS_OWN = "  [default: the preset's]"
 GROUPS = {
     "The network": "network gnet guidance class_idx trust_pickle sigma_max sigma_min",
     "The grids": "steps nfe out force plot",
-    "How they are learned": "method objective solver refine preset rollout clock iterations trajectories seed",
+    "How they are learned": "method objective solver refine refine_by detector preset rollout clock iterations "
+                            "trajectories seed",
     "The run": "device resume quiet",
 }
 
@@ -62,6 +63,12 @@ GROUPS = {
               type=click.Choice(["levels", "weights"]),
               help="Then move the levels to where --solver ends nearest to the exact solution; weights: those of each "
                    "step, too, for 3 to 10 steps. The sidecar has them, and patched scripts use them.")
+@click.option("--refine-by", type=click.Choice(["error", "features"]), default="error",
+              help="What is near: RMS end-point error, or the Frechet distance between features of ends and of exact "
+                   "ends, from the same noises.")
+@click.option("--detector", metavar="NAME|PT", default=None,
+              help="Of --refine-by=features: lenet, inception, or a classifier that this project trained.  [default: "
+                   "lenet for grey 28 x 28 images, else inception]")
 @click.option("--solver", default=None, metavar="NAME",
               help="Of --refine, --objective=solver and --nfe: euler, heun, rk4, ...  [default: heun, of weights "
                    "clock; chosen by --nfe]")
@@ -108,6 +115,10 @@ def summary(learned: List[Any], plotted: bool, each: bool) -> List[str]:
         if "refined" in record:
             before, after = record["refined"]["error_before"], record["refined"]["error_after"]
             with_weights = " with the weights" if "weights" in record else ""
+            if "distances" in record["refined"]:
+                distances = record["refined"]["distances"]
+                lines.append(f"distance of features on validation noises: {distances['before']:.4g} before, "
+                             f"{distances['after']:.4g} refined")
             lines.append(f"end-point error of {record['solver']} on validation noises: {before['mean']:.4g} before, "
                          f"{after['mean']:.4g} +- {after['mean_stderr']:.2g} refined{with_weights} (median "
                          f"{after['median']:.4g})")

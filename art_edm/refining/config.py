@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Tuple
 
 __all__ = ["RefineConfig"]
@@ -32,3 +32,7 @@ class RefineConfig:
     def of_weights(cls, **changed: Any) -> "RefineConfig":
         """For levels and weights in few steps: their errors are large, and exact paths need not be as fine."""
         return cls(**{"weights": True, "fine_steps": 20, "damping": 0.01, **changed})
+
+    def for_features(self) -> "RefineConfig":
+        """For the distance of features: a distribution needs more noises than a mean."""
+        return replace(self, noises=64, validation=192)

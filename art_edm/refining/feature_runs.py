@@ -17,17 +17,19 @@ noises tell grids apart, far fewer than features.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import numpy as np
 import torch
 
-from art_edm.metrics.detectors import Detector
+from art_edm.metrics.detectors import Detector, load_detector
+from art_edm.models.denoiser import Denoiser
 from art_edm.refining.solver_jacobian import Kept, Move, Noises, Place, Run, SolverRuns
 from art_edm.refining.stage import Stage
 
-__all__ = ["FeatureRuns", "feature_residuals"]
+__all__ = ["FeatureRuns", "check_judge", "described", "feature_residuals", "load_judge"]
 
+LENET_SHAPE = (1, 28, 28)
 MIN_SCALE = 0.1  # least curvature that scales a parameter, relative to the largest
 
 
@@ -42,6 +44,41 @@ def feature_residuals(features: np.ndarray, exact: np.ndarray) -> Tuple[np.ndarr
 def features_of(detector: Detector, images: torch.Tensor) -> torch.Tensor:
     """[B, d] float64 of images [B, C, H, W] in [-1, 1], which are clipped but not rounded: differences need it so."""
     return detector.features((images.to(torch.float32) * 127.5 + 127.5).clip(0, 255)).to(torch.float64)
+
+
+def check_judge(by: str, spec: Optional[str], refined: bool) -> None:
+    """Raise a ValueError for a --refine-by or --detector that is unknown or has no effect."""
+    if by not in ("error", "features"):
+        raise ValueError(f"found --refine-by={by}, expected error or features")
+    if by == "features" and not refined:
+        raise ValueError("found --refine-by=features without --refine, which it is of; add --refine or leave it out")
+    if by == "error" and spec is not None:
+        raise ValueError(f"found --detector={spec} without --refine-by=features, which it is of; leave one of them out")
+
+
+def described(refine: Union[bool, str], detector: Optional[Detector]) -> Union[bool, str]:
+    """What a record says of --refine: which numbers were moved (True: levels), and by features of which detector."""
+    if detector is None:
+        return True if refine == "levels" else refine
+    return f"{'levels' if refine is True else refine}, by features of {detector.name} {detector.sha256}"
+
+
+def load_judge(by: str, spec: Optional[str], denoiser: Denoiser, quiet: bool = True) -> Optional[Detector]:
+    """The detector that `spec` names, by default LeNet for its images, else Inception; None for --refine-by=error.
+
+    Raises a ValueError for one that cannot be used, such as one that takes whole pixel values alone.
+    """
+    if by == "error":
+        return None
+    spec = spec or ("lenet" if denoiser.img_shape == LENET_SHAPE else "inception")
+    detector = load_detector(spec, denoiser.img_shape, denoiser.device, quiet=quiet)
+    try:
+        features_of(detector, torch.full((1, *denoiser.img_shape), 0.3, device=denoiser.device))
+    except Exception as error:  # whatever a foreign network raises
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{detector.name} refuses images that are not of whole numbers ({type(error).__name__}: "
+                         f"{reason}), which --refine-by=features needs; choose another --detector") from None
+    return detector
 
 
 class FeatureRuns(SolverRuns):

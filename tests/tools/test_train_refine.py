@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 from art_edm.grids.grid import load_grid
 from art_edm.grids.weights import recorded_weights
 from art_edm.measure import local_errors
+from art_edm.metrics.detectors import Detector
 from art_edm.models.analytic import GaussianDenoiser
 from art_edm.models.loading import load_network
+from art_edm.refining import feature_runs
 from art_edm.sampling.solvers import sample
 from art_edm.sampling.weighted import weighted
 
@@ -279,3 +282,52 @@ def test_with_nfe_the_weights_begin_with_a_solver_of_one_evaluation_a_step(run):
     assert "heun" not in record["tried"] and "clock" in record["tried"] and len(record["weights"]) == 3
     best = min(record["tried"], key=lambda solver: record["tried"][solver]["mean"])
     assert record["solver"] == best
+
+
+# --- by features -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, part", [
+    (("--refine", "--refine-by=features"), "found images of 8x8 with 1 channel(s), expected 28x28"),
+    (("--refine-by=features",), "found --refine-by=features without --refine"),
+    (("--refine", "--detector=lenet"), "found --detector=lenet without --refine-by=features"),
+    (("--refine", "--refine-by=eye"), "'eye' is not one of 'error', 'features'"),
+])
+def test_what_features_need_is_refused_before_any_work(run, options, part):
+    detector = ("--detector=lenet",) if options == ("--refine", "--refine-by=features") else ()
+    result = run("--network=gaussian:0.5", *options, *detector)
+    assert result.exit_code == 2 and part in result.stderr and os.listdir() == []
+
+
+def test_a_detector_of_whole_numbers_alone_is_refused(monkeypatch):
+    class Whole(Detector):
+        name = "whole"
+
+        def features(self, images):
+            return torch.nn.functional.one_hot(images[:, 0, 0, 0], 256)
+
+    monkeypatch.setattr(feature_runs, "load_detector", lambda *a, **k: Whole())
+    with pytest.raises(ValueError, match="whole refuses images that are not of whole numbers"):
+        feature_runs.load_judge("features", None, GaussianDenoiser(0.0, 0.25, (1, 28, 28)))
+
+
+@pytest.mark.slow
+def test_the_grid_of_least_distance_is_recorded(run, monkeypatch):
+    """Gaussian images for which LeNet is the detector, in few noises: what the sidecar and the summary say."""
+    monkeypatch.setattr("art_edm.refining.config.RefineConfig.for_features", lambda self: replace(
+        self, noises=8, validation=12, fine_steps=12, iterations=2, cheap_iterations=2))
+    options = ("--network=tests.tools.test_train_refine:grey", "--method=direct", "--steps=3", "--trajectories=4",
+               "--refine", "--solver=clock-denoised", "--refine-by=features", "--out=g.npy")
+    result = run(*options)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(Path("g.json").read_text())
+    before, after = (record["refined"]["distances"][name] for name in ("before", "after"))
+    assert after < before and f"{after:.4g} refined" in result.stdout
+    assert record["refine"].startswith("levels, by features of lenet ")
+    other = run(*[each for each in options if each != "--refine-by=features"])
+    assert other.exit_code == 2 and "is a grid of other settings (refine is \"levels, by features" in other.stderr
+
+
+def grey() -> GaussianDenoiser:
+    """Grey images of LeNet's size."""
+    return GaussianDenoiser(0.0, 0.25, (1, 28, 28))
