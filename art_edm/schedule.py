@@ -447,8 +447,7 @@ class _Job:
         weights = self.options.refine == "weights"
         own_clock = self.options.objective != "solver" and not weights
         settings = RefineConfig.of_weights(seed=seed) if weights else RefineConfig(seed=seed)
-        judged = settings.for_features() if self.detector else settings
-        found = refine_grids(self.denoiser, grids, judged, context, own_clock, self.detector)
+        found = refine_grids(self.denoiser, grids, settings.judged_by(self.detector), context, own_clock, self.detector)
         result.evaluations.update(found.evaluations)
         result.seconds.update(found.seconds)
         for key, one in found.results.items():

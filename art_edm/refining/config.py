@@ -33,6 +33,6 @@ class RefineConfig:
         """For levels and weights in few steps: their errors are large, and exact paths need not be as fine."""
         return cls(**{"weights": True, "fine_steps": 20, "damping": 0.01, **changed})
 
-    def for_features(self) -> "RefineConfig":
-        """For the distance of features: a distribution needs more noises than a mean."""
-        return replace(self, noises=64, validation=192)
+    def judged_by(self, detector: Any) -> "RefineConfig":
+        """For the features of a detector, if there is one: a distribution needs more noises than a mean."""
+        return replace(self, noises=64, validation=192) if detector else self

@@ -262,7 +262,7 @@ def test_weights_go_into_the_sidecar_and_end_where_the_record_says(run):
         assert "start" not in record["evaluations_by_stage"]  # no other clock is measured
         errors = [end_error(f"w{steps}.npy", solver) for solver in ("clock", weighted(table))]
         assert errors[1] < 5e-3 * errors[0]  # what 20 steps of RK4 leave of the exact paths
-    again = run(*DIRECT, "--steps=1,3", "--out=w{steps}.npy", "--refine")
+    again = run(*DIRECT, "--steps=1,3", "--out=w{steps}.npy", "--refine", "--solver=clock")
     assert again.exit_code == 2 and "refine is \"weights\" there, true here" in again.stderr
 
 
@@ -314,7 +314,7 @@ def test_a_detector_of_whole_numbers_alone_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_the_grid_of_least_distance_is_recorded(run, monkeypatch):
     """Gaussian images for which LeNet is the detector, in few noises: what the sidecar and the summary say."""
-    monkeypatch.setattr("art_edm.refining.config.RefineConfig.for_features", lambda self: replace(
+    monkeypatch.setattr("art_edm.refining.config.RefineConfig.judged_by", lambda self, detector: replace(
         self, noises=8, validation=12, fine_steps=12, iterations=2, cheap_iterations=2))
     options = ("--network=tests.tools.test_train_refine:grey", "--method=direct", "--steps=3", "--trajectories=4",
                "--refine", "--solver=clock-denoised", "--refine-by=features", "--out=g.npy")
