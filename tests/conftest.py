@@ -10,15 +10,13 @@ gpu       needs a CUDA device, else skipped
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
 
+from tests.support.commands import invoke
 from tests.support.upstream import checkouts
 
 GPU = pytest.mark.skip(reason="needs a GPU, and this machine has none")
@@ -37,15 +35,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(GPU)
         if item.get_closest_marker("upstream") and checkouts() is None:
             item.add_marker(UPSTREAM)
-
-
-def invoke(command, args, **more):
-    """What a command says and how it ends; click 8.1, the last for Python 3.9, must be asked to keep stderr apart."""
-    if "mix_stderr" not in inspect.signature(CliRunner).parameters:
-        return CliRunner().invoke(command, args, **more)
-    result = CliRunner(mix_stderr=False).invoke(command, args, **more)
-    return SimpleNamespace(output=result.stdout + result.stderr, stdout=result.stdout, stderr=result.stderr,
-                           exit_code=result.exit_code, exception=result.exception)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import fid
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 from art_edm.metrics.frechet import frechet_distance, moments
@@ -21,6 +20,7 @@ from art_edm.metrics.image_folders import open_images
 from art_edm.metrics.mnist import load_mnist, to_images
 from art_edm.models.lenet import LeNet
 from art_edm.models.loading import load_classifier
+from tests.support.commands import invoke
 from tests.support.fid_standin import ROOT, StandIn, save_pickle
 from tests.support.judging import features_of
 
@@ -51,7 +51,7 @@ def run(folder, *args, detector="--detector=net.pkl"):
     old = os.getcwd()
     os.chdir(folder)
     try:
-        return CliRunner().invoke(fid.main, [args[0], detector, "--trust-pickle", "--device=cpu", *args[1:]])
+        return invoke(fid.main, [args[0], detector, "--trust-pickle", "--device=cpu", *args[1:]])
     finally:
         os.chdir(old)
 
@@ -275,7 +275,7 @@ def test_no_reference_for_fid(work):
 
 def test_a_pickle_is_not_run_unasked(work, monkeypatch):
     monkeypatch.chdir(work)
-    result = CliRunner().invoke(fid.main, ["calc", "--images=a", "--ref=b.npz", "--num=50", "--detector=net.pkl"])
+    result = invoke(fid.main, ["calc", "--images=a", "--ref=b.npz", "--num=50", "--detector=net.pkl"])
     assert_refused(result, "net.pkl: found a pickle, which runs code when read", "--trust-pickle")
 
 

@@ -11,11 +11,11 @@ import fid
 import numpy as np
 import pytest
 import scipy.linalg
-from click.testing import CliRunner
 from PIL import Image
 
 from art_edm.metrics.frechet import frechet_distance, moments
 from art_edm.metrics.image_folders import open_images
+from tests.support.commands import invoke
 from tests.support.fid_standin import StandIn, run_upstream, save_pickle
 
 DIM, SIZE = 24, 8
@@ -81,7 +81,7 @@ def both(tmp_path_factory):
 def ours(both, tmp_path, *args):
     """The FID by tools/fid.py, in full precision."""
     detector, out = both[1], tmp_path / "out.json"
-    result = CliRunner().invoke(
+    result = invoke(
         fid.main, [*args, f"--detector={detector}", "--trust-pickle", "--device=cpu", f"--out={out}"]
     )
     assert result.exit_code == 0, result.output
@@ -101,7 +101,7 @@ def test_calc_gives_upstreams_fid(both, tmp_path, name):
 
 def test_ref_gives_upstreams_moments(both, tmp_path):
     folder, detector, *_ = both
-    result = CliRunner().invoke(fid.main, [
+    result = invoke(fid.main, [
         "ref", f"--data={folder / 'data'}", f"--dest={tmp_path / 'r.npz'}", f"--detector={detector}", "--trust-pickle",
         "--device=cpu", "--batch=7",
     ])
