@@ -1,4 +1,4 @@
-"""Pixels of EDM2's latents: a real AutoencoderKL of diffusers, small and random, through upstream's own encoder class."""
+"""Pixels of EDM2's latents: a real AutoencoderKL of diffusers, small and random, through upstream's encoder class."""
 
 from __future__ import annotations
 
