@@ -20,7 +20,8 @@ torch.manual_seed(0)
 blocks = dict(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4)
 vae = diffusers.models.AutoencoderKL(latent_channels=4, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, **blocks)
 vae.save_pretrained('vae', safe_serialization=False)
-encoder = encoders.StabilityVAEEncoder(vae_name='vae')
+diffusers.models.AutoencoderKL.from_pretrained = lambda name, **where: vae  # in place of the download
+encoder = encoders.StabilityVAEEncoder()
 net = networks_edm2.Precond(8, 4, 0, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
 with open('net.pkl', 'wb') as file:
     pickle.dump(dict(ema=net.eval().requires_grad_(False), encoder=encoder), file)
@@ -38,10 +39,14 @@ def test_a_real_vae_decodes_as_upstreams_encoder_does(tmp_path, monkeypatch):
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
     found = np.load("upstream.npz")
     latents = torch.from_numpy(found["latents"])
+    vae = diffusers.models.AutoencoderKL.from_pretrained("vae").eval()
+    names = []
+    monkeypatch.setattr(diffusers.models.AutoencoderKL, "from_pretrained",
+                        lambda name, **where: names.append(name) or vae)
     pixels = decoder_of(load_network("net.pkl"))(latents)
+    assert names == ["stabilityai/sd-vae-ft-mse"]
     assert pixels.dtype == torch.uint8 and pixels.shape == (11, 3, 64, 64)
     assert np.array_equal(pixels.numpy(), found["pixels"]) and pixels.float().std() > 5
-    vae = diffusers.models.AutoencoderKL.from_pretrained("vae").eval()
 
     def by_hand(mean):
         scale, shift = (torch.tensor(each).reshape(1, 4, 1, 1) for each in (STD, mean))
