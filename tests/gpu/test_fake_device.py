@@ -166,7 +166,8 @@ CONFIG = RefineConfig(noises=4, validation=4, fine_steps=6, iterations=2, cheap_
 
 
 def refined(solver, net, _=None):
-    return refine(net, edm(4, 0.002, 80.0), solver, CONFIG).record()
+    name, _, weights = solver.partition(" ")
+    return refine(net, edm(4, 0.002, 80.0), name, replace(CONFIG, weights=bool(weights))).record()
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def made(monkeypatch):
 
 
 @pytest.mark.parametrize("solver", [
-    "heun", pytest.param("clock", marks=pytest.mark.slow), pytest.param("unipc", marks=pytest.mark.slow)])
+    "heun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("clock", "unipc", "clock with weights"))])
 def test_refinement_reads_twice_for_a_batch(solver, made):
     found, reads, copies = counted(partial(refined, solver))
     batches = len(made)
