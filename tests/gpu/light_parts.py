@@ -79,7 +79,8 @@ class Light:
 
     def check(self, name: str, found: Any, bar: str, met: bool) -> None:
         """Hold a figure to a bar."""
-        self.checks[name] = [float(f"{found:.3g}") if isinstance(found, float) else found, bar, bool(met)]
+        shown = found if not isinstance(found, float) else float(f"{found:.3g}") if np.isfinite(found) else str(found)
+        self.checks[name] = [shown, bar, bool(met)]
 
     def close(self, name: str, found: float, bar: float = RELATIVE_BAR) -> None:
         """A relative difference."""
