@@ -70,3 +70,18 @@ def test_a_broken_link_and_an_unknown_option_are_found():
     assert broken(ROOT / "README.md", text) == ["#c", "tests/none.md"]
     shown = "```bash\ncd x && python tools/fid.py gen \\\n    --grid=edm --color --num=3  # --no\n```"
     assert [unknown(words) for words in commands(shown)] == [[], ["--color"]]
+
+
+def missing_tests(text: str) -> List[str]:
+    """Tests that a page names, `file.py::test_name` in this folder, and that are not there."""
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", text)
+    sources = {file: (ROOT / "tests" / file).read_text() if (ROOT / "tests" / file).exists() else ""
+               for file, _ in named}
+    return [f"{file}::{name}" for file, name in named if f"\ndef {name}(" not in sources[file]]
+
+
+def test_the_catalogue_of_faults_names_tests_that_are_there():
+    text = (ROOT / "tests" / "README.md").read_text()
+    assert len(re.findall("::test_", text)) > 60 and missing_tests(text) == []
+    absent = "metrics/test_frechet.py::test_none", "metrics/test_none.py::test_moments"
+    assert missing_tests("".join(f"`{name}`" for name in absent)) == list(absent)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from art_edm.runtime.distributed import World, resolve_device, world
+from art_edm.runtime.distributed import World, _has, resolve_device, world
 from art_edm.runtime.errors import NonFiniteOutput, Stopped
 
 
@@ -138,3 +138,25 @@ def test_devices_of_one_process_among_several(monkeypatch):
         resolve_device("cuda:1")
     with pytest.raises(ValueError, match="cannot use --device=mps: paths are followed in float64"):
         resolve_device("mps")
+
+
+class Waiting:
+    """A store of torch 2.0, which has no `check`."""
+
+    def __init__(self, store):
+        self.wait = store.wait
+
+
+def test_a_store_that_can_only_wait():
+    store = HashStore()
+    assert not hasattr(Waiting(store), "check") and not _has(Waiting(store), "key")
+    store.set("key", "1")
+    assert _has(Waiting(store), "key") and not _has(Waiting(store), "other")
+
+    def lost(*args):
+        raise RuntimeError("Connection reset by peer")
+
+    died = Waiting(store)
+    died.wait = lost
+    with pytest.raises(RuntimeError, match="reset"):  # it died: no answer is not "no"
+        _has(died, "key")

@@ -129,7 +129,7 @@ def test_names_and_packing_change_nothing(work):
 
 def test_a_set_against_itself(work):
     assert fid_of(work, "--images=b", "--num=60")["fid"] == pytest.approx(0, abs=1e-9)
-    assert run(work, "ref", "--data=b", "--dest=b.pkl").output.endswith("wrote b.pkl: 16 features of 60 images\n")
+    assert run(work, "ref", "--data=b", "--dest=b.pkl").stdout == ("wrote b.pkl: 16 features of 60 images\n")
     assert fid_of(work, "--ref=b.pkl")["fid"] == fid_of(work)["fid"]
 
 
