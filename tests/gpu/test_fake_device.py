@@ -21,11 +21,13 @@ from art_edm.measure.dense_paths import measure_along, measure_profile
 from art_edm.measure.field import choose_step
 from art_edm.measure.local_errors import measure_errors
 from art_edm.measure.sde_errors import measure_stochastic
+from art_edm.metrics.detectors import Detector
 from art_edm.metrics.feature_stats import RunningMoments
 from art_edm.models.analytic import MixtureDenoiser
 from art_edm.models.evaluate import FiniteCheck
 from art_edm.models.unet import ScoreUNet
 from art_edm.refining.config import RefineConfig
+from art_edm.refining.noise_sets import draw_noises
 from art_edm.refining.refine import refine
 from art_edm.refining.stage import Stage
 from art_edm.runtime.distributed import World
@@ -186,6 +188,27 @@ def test_refinement_reads_twice_for_a_batch(solver, made):
     assert {**found, "seconds": 0} == {**refined(solver, network()), "seconds": 0}
     digests = 2 * 2 + 2  # of latents and ends, for training and validation; and once before the ends are known
     assert batches >= 9 and reads <= 2 * batches + digests + 1 and copies <= 3
+
+
+class Waves(Detector):
+    """Three features of an image of one pixel."""
+
+    name, sha256, dim = "waves", "0" * 64, 3
+
+    def features(self, images):
+        return torch.cat([(images.flatten(1) * k / 100).sin() for k in (1, 2, 3)], dim=1)
+
+
+@pytest.mark.slow
+def test_refinement_by_features_is_that_of_the_cpu(made):
+    def work(net, _=None):
+        noises = draw_noises(net, CONFIG, 80.0)._replace(detector=Waves())
+        return {**refine(net, edm(4, 0.002, 80.0), "heun", CONFIG, noises=noises).record(), "seconds": 0}
+
+    found, reads, copies = counted(work)
+    batches = len(made)
+    assert found == work(network()) and batches >= 9
+    assert reads <= 2 * batches + 6 + 3 and copies <= 4  # as above, and features of the exact ends
 
 
 def test_a_check_at_once_reads_in_every_evaluation(made, monkeypatch):
