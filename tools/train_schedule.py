@@ -94,7 +94,7 @@ def main(network: str, steps: Optional[str], nfe: Optional[str], out: Optional[s
 
     steps, nfe = (None if text is None else parse_steps(text, option)
                   for text, option in ((steps, "--steps"), (nfe, "--nfe")))
-    pattern = out or f"art_{{network}}{'{steps}' if nfe is None else '_nfe{nfe}'}.npy"
+    pattern = out if out is not None else f"art_{{network}}{'{steps}' if nfe is None else '_nfe{nfe}'}.npy"
     given["refine"] = given["refine"] or False
     learned = learn_schedule(network, steps, ScheduleOptions(nfe=nfe, **given), pattern)
     if not given["quiet"]:

@@ -94,8 +94,9 @@ class ImageSet:
         """The header of image i, which can be used; raises an ImageError otherwise."""
         with suppress(ImageError):
             return header_of(self.read(i, HEAD))
+        blob = self.read(i)
         try:
-            return header_of(self.read(i))
+            return header_of(blob)
         except ImageError as error:
             raise ImageError(f"{self.label(i)}: {error}") from None
 

@@ -283,6 +283,9 @@ def test_a_damaged_zip(folder, tmp_path):
     with pytest.raises(ImageError, match="s.zip/top.png: damaged or encrypted in the zip .*CRC"):
         images.load(4)
     assert (images.load(0) == draw(1).transpose(2, 0, 1)).all()
+    target.write_bytes(blob.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"))  # encrypted
+    with pytest.raises(ImageError, match="^[^:]*s.zip[^:]*: damaged or encrypted in the zip .*password"):
+        open_images(target)
 
 
 def test_an_error_ends_the_reading(folder):

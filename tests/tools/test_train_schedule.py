@@ -200,6 +200,7 @@ def test_bad_destinations_are_found_before_the_work(run, monkeypatch):
     monkeypatch.setattr("art_edm.schedule.train", lambda *a, **k: pytest.fail("training began"))
     refused(run("--network=oned", "--out=no/g.npy"), "there is no folder no")
     refused(run("--network=oned", "--out=g.txt"), ".npy")
+    refused(run("--network=oned", "--out="), ".npy")
     refused(run("--network=oned", "--steps=2,3", "--out=g.npy"), "{steps}")
     refused(run("--network=oned", "--device=warp"), "warp")
     assert os.listdir() == []
