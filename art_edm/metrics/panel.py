@@ -140,7 +140,8 @@ def measure_images(
     mine, done = ranges[world.rank :: world.size], 0
     with world.phase():
         for indices, pixels in images.batches(mine, workers):
-            x = torch.from_numpy(pixels).to(world.device)  # uint8 [b, C, H, W]
+            # uint8 [b, C, H, W]; not pinned: what a detector returns is read at once, so that no copy could overlap it
+            x = torch.from_numpy(pixels).to(world.device)
             accumulators.update(x, indices, [images.label(i) for i in indices])
             done += len(indices)
             if progress is not None:
