@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from art_edm.grids.grid import Grid, save_grid
+from art_edm.grids.weights import written_rows
 from art_edm.models.loading import load_network
 from art_edm.sampling.noise import noise_and_labels
 from art_edm.sampling.solvers import SOLVERS, integrate, sample, slope_of
+from art_edm.sampling.weighted import table_of, weighted
 from tests.support.patched import COMMITS, make_networks, of, script_pairs
 from tests.support.shim import run_jobs
 from tests.support.upstream import upstream
@@ -17,6 +19,7 @@ NEW = tuple(name for name in SOLVERS if name not in ("euler", "heun"))
 EDM = pytest.mark.parametrize("commit", COMMITS["edm"])
 EDM2 = pytest.mark.parametrize("commit", COMMITS["edm2"])
 GRID = Grid([80.0, 31.0, 9.0, 2.2, 0.61, 0.07, 0.0])
+WEIGHTS = 0.98 * table_of("clock", GRID.values)  # of no solver by name
 
 # Both samplers on one grid, from Python: upstream's own Heun, and ours through the patch's `grid_solver`.
 HEUN = """
@@ -40,6 +43,7 @@ def folder(tmp_path_factory):
     for name in ("edm", "edm2"):
         make_networks(name, folder)
     save_grid(folder / "grid.npy", GRID, {})
+    save_grid(folder / "weighted.npy", GRID, {"solver": "clock", "weights": written_rows(WEIGHTS)})
     return folder
 
 
@@ -69,6 +73,7 @@ def records(folder):
             for net in nets:
                 for solver in NEW if net in ("edm", "guided") else ("dpmpp2m", "clock"):
                     add(f"{net} {solver}", net, f"--schedule={folder}/grid.npy", f"--solver={solver}")
+            add("weights", nets[-1] if name == "edm2" else "edm", f"--schedule={folder}/weighted.npy")
             add("euler", nets[0], f"--schedule={folder}/grid.npy", "--solver=euler")
             add("heun", nets[0], f"--schedule={folder}/grid.npy", "--solver=heun")
             add("default", nets[0], f"--schedule={folder}/grid.npy")
@@ -136,6 +141,20 @@ def test_edm2_guided_in_float64(records, folder, solver):
     """What its sampler computes in when Python asks for it."""
     network = load_network(f"{folder}/main.pkl", gnet=f"{folder}/guiding.pkl", guidance=2.0)
     check(of(records, COMMITS["edm2"][0], f"double {solver}"), network, solver, torch.float64)
+
+
+@pytest.mark.parametrize("commit", COMMITS["edm"])
+def test_the_sidecars_weights_in_edm(records, folder, commit):
+    record = of(records, commit, "weights")
+    check(record, load_network(f"{folder}/edm.pkl"), weighted(WEIGHTS), torch.float64)
+    assert "Weights of weighted.json for its 6 steps; --solver=NAME takes" in record["output"]
+
+
+def test_the_sidecars_weights_in_edm2_with_guidance(records, folder):
+    network = load_network(f"{folder}/main.pkl", gnet=f"{folder}/guiding.pkl", guidance=2.0)
+    record = of(records, COMMITS["edm2"][0], "weights")
+    check(record, network, weighted(WEIGHTS), torch.float32)
+    assert "Weights of weighted.json for its 6 steps" in record["output"]
 
 
 @EDM2
