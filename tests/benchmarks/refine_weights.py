@@ -4,7 +4,7 @@ All begin with ART-RL's grid and the solver `clock`; errors are mean RMS distanc
 that had no part in anything. Cells are kept in --cache, so that a long table can be made in pieces.
 Run by hand:
     python -m tests.benchmarks.refine_weights mnist --curve=8,16,64 --cache=cells --out=refine_weights.json
-    python -m tests.benchmarks.refine_weights mnist --steps=3 --search=2000 --cache=cells
+    python -m tests.benchmarks.refine_weights mixture --steps=3,5 --search=2000 --noises=256 --test=256 --cache=cells
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from art_edm.grids.grid import Grid, edm, edm_unpinned
 from art_edm.grids.weights import written_rows
 from art_edm.measure.field import rms
-from art_edm.models.loading import Network, load_network
 from art_edm.refining.config import RefineConfig
 from art_edm.refining.noise_sets import STREAM, NoiseSets
 from art_edm.refining.parameters import Parameters, free_places
@@ -34,6 +33,7 @@ from art_edm.sampling.noise import seeded_generator
 from art_edm.sampling.solvers import sample, slope_of
 from art_edm.sampling.weighted import table_of, weighted
 from art_edm.schedule import learn_schedule
+from tests.benchmarks.refine_search import field_of
 
 POOL, FIRST_VALIDATION, SEED = 512, 256, 9001  # noises of training from the first on, of validation; seed of the judges
 CHUNK, FINE = 32, 20  # exact ends by RK4 on EDM's rule: 0.002 from those of 60 steps on mnist
@@ -42,15 +42,15 @@ Content = Dict[str, np.ndarray]
 
 
 class Bench:
-    """One network, its noises, and what is known already."""
+    """One field, its noises, and what is known already."""
 
-    def __init__(self, network: Network, store: Store, validation: int, test: int) -> None:
-        self.network, self.denoiser, self.store = network, network.denoiser, store
+    def __init__(self, name: str, store: Store, validation: int, test: int, batch: int) -> None:
+        (self.denoiser, self.identity), self.store, self.batch = field_of(name), store, batch
         self.validation, self.test = self.noises("pool", FIRST_VALIDATION, validation), self.noises("test", 0, test)
 
     def kept(self, make: Callable[[], Content], **what: Any) -> Content:
         """A cell, made if it is not there."""
-        what = {"refine_weights": 1, "network": self.network.identity, **what}
+        what = {"refine_weights": 1, "network": self.identity, **what}
         content = self.store.load(what)
         if content is None:
             content = make()
@@ -101,8 +101,8 @@ class Bench:
         best = (np.inf, form.scheme(p.detach().numpy()))
         for _ in range(iterations):
             optimizer.zero_grad()
-            total = sum(float(self._backward(p, form, noises.part(slice(a, a + CHUNK)), len(noises.latents)))
-                        for a in range(0, len(noises.latents), CHUNK))
+            total = sum(float(self._backward(p, form, noises.part(slice(a, a + self.batch)), count))
+                        for a in range(0, count, self.batch))
             if total < best[0]:
                 best = (total, form.scheme(p.detach().numpy()))
             optimizer.step()
@@ -163,15 +163,16 @@ def picture(path: Path, steps: int, points: Dict[int, Dict[str, Any]]) -> None:
 @click.option("--iterations", default=10, show_default=True)
 @click.option("--curve", default="", help="Other numbers of noises, for the first of --steps.")
 @click.option("--search", default=0, help="Iterations of Adam, on 256 noises.")
+@click.option("--batch", default=CHUNK, show_default=True, help="Noises that Adam differentiates at once.")
 @click.option("--cache", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path))
 @click.option("--picture", "drawn", type=click.Path(path_type=Path))
 def main(
     name: str, steps: str, kinds: str, noises: int, validation: int, test: int, iterations: int, curve: str,
-    search: int, cache: Path, out: Optional[Path], drawn: Optional[Path],
+    search: int, batch: int, cache: Path, out: Optional[Path], drawn: Optional[Path],
 ) -> None:
     """A line for each cell."""
-    bench, table = Bench(load_network(name), Store(cache), validation, test), {}
+    bench, table = Bench(name, Store(cache), validation, test, batch), {}
     for parameter in bench.denoiser.parameters():
         parameter.requires_grad_(False)
     judges = {"validation": validation, "test": test}
