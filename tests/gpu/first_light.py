@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -75,6 +76,8 @@ def main(out: Path, parts: List[str], limit: int, **given: Any) -> None:
         result = run_part(name, settings, min(left, LIMITS[name] * longer)) if left > 5 else skipped("no time is left")
         report["parts"][name] = result
         report["seconds"] = time.monotonic() - began
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        report["cpu_seconds"] = used.ru_utime + used.ru_stime
         write_json(out / "first_light.json", report)
         click.echo(line(name, result))
     bad = [name for name, result in report["parts"].items() if result["status"] in ("failed", "timeout")]

@@ -162,7 +162,7 @@ def schedule(light: Light, name: str) -> None:
     light.tool("train_schedule", f"--network={path}", "--steps=5,18", "--out=art{steps}.npy", *short)
     record = json.loads((light.work / "art18.json").read_text())
     after = record["seconds"] - record["seconds_by_stage"]["load"]
-    light.found.update({key: record[key] for key in FIGURES}, seconds_after_load=after)
+    light.found.update(run={key: record[key] for key in FIGURES}, seconds_after_load=after)
     denoiser = load_network(path, light.device).denoiser
     light.found["parameters"] = sum(value.numel() for value in denoiser.parameters())
     share = profile_share(denoiser, 16, 24, batch=8)
@@ -309,7 +309,7 @@ def processes(light: Light) -> None:
     codes = [process.wait() for process in running]
     light.check("exit codes", codes, "[0, 0]", codes == [0, 0])
     record = json.loads((light.work / "two.json").read_text())
-    light.found.update(processes=record["processes"], seconds=record["seconds"])  # of both, beside each other
+    light.found.update(processes=record["processes"], run_seconds=record["seconds"])  # of both, beside each other
     light.close("grid to that of one process", distance(levels(light.work / "two.npy"), levels(light.work / "one.npy")))
 
 
