@@ -10,8 +10,7 @@ FID      Frechet distance of the bundled LeNet's features to those of MNIST's tr
 
 --peers is a folder with checkouts: diff-sampler (zju-pi), DM-NonUniform (scxue), sdm (aiimaginglab; needs diffusers).
 A peer that is not there is skipped with its reason. Each has a process of its own, as their modules share names.
-Run by hand:
-A peer that is not there is skipped with its reason. Each has a process of its own, for their modules share names.
+The exact ends of the judging noises are kept beside --out, and computed once.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ from art_edm.grids.grid import Grid, edm, load_grid
 from art_edm.measure.field import rms
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import load_network
-from art_edm.runtime.files import write_json
+from art_edm.pickles.archives import load_tensors
+from art_edm.runtime.files import save_tensors, write_json
 from art_edm.sampling.solvers import sample
 from tests.benchmarks.refine_search import search
 
@@ -250,10 +250,12 @@ def figures(errors: np.ndarray) -> Dict[str, float]:
 class Judge:
     """Scores a sampler: end-point error over 256 noises, and the FID of so many images."""
 
-    def __init__(self, denoiser: Denoiser, num: int, data: Optional[str], blocks: int = 5) -> None:
+    def __init__(self, denoiser: Denoiser, num: int, data: Optional[str], ends: Path, blocks: int = 5) -> None:
         self.denoiser, self.num, self.blocks = denoiser, num, blocks
         self.latents = noise(denoiser, "judge", 256)
-        self.ends = exact(denoiser, self.latents)
+        if not ends.exists():
+            save_tensors(ends, exact(denoiser, self.latents))
+        self.ends = load_tensors(ends)
         if num:
             from art_edm.metrics.frechet import moments
             from art_edm.metrics.mnist import load_mnist, to_images
@@ -287,7 +289,7 @@ class Judge:
 def one_peer(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
     """All cells of one peer, in this process."""
     denoiser = load_network(options["network"]).denoiser
-    net, judge = Net(denoiser).eval(), Judge(denoiser, options["num"], options["mnist"])
+    net, judge = Net(denoiser).eval(), Judge(denoiser, options["num"], options["mnist"], options["ends"])
     began, before = time.perf_counter(), denoiser.evaluations
     peer = PEERS[name](Path(options["peers"]), net)
     rows: Dict[str, Any] = {}
@@ -306,7 +308,7 @@ def one_peer(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
 def our_rows(options: Dict[str, Any]) -> Dict[str, Any]:
     """ART's grids, and EDM's rule, with our solvers."""
     denoiser = load_network(options["network"]).denoiser
-    judge, found = Judge(denoiser, options["num"], options["mnist"]), {}
+    judge, found = Judge(denoiser, options["num"], options["mnist"], options["ends"]), {}
     for name in ("art", "edm"):
         rows: Dict[str, Any] = {}
         for nfe in options["nfe"]:
@@ -335,6 +337,7 @@ def main(out: Path, only: Optional[str], inner: Optional[str], **options: Any) -
     options["nfe"] = [int(part) for part in str(options["nfe"]).split(",")]
     options["ours"] = options["ours"].split(",")
     if inner:
+        options["ends"] = out.with_name(f"{out.name.split('.')[0]}.ends.pt")
         rows = our_rows(options) if inner == "ours" else {inner: one_peer(inner, options)}
         write_json(out, rows)
         return
