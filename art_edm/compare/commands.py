@@ -154,10 +154,9 @@ def _plan(options: Dict[str, Any], network: Network, context: Context) -> Tuple[
     if "is" in found.panel.metrics and options["splits"] > options["num"]:
         raise ValueError(f"found --splits={options['splits']} for {options['num']} images, expected no more; lower "
                          "--splits")
-    ends = fine.noises * plan.blocks
-    if plan.fine and plan.scores and ends != options["num"]:
-        show([f"the metrics of exact ends are of {ends} images, those of samples of {options['num']}: add "
-              f"--error-noises={options['num']} to compare them"])
+    if plan.fine and plan.scores and fine.noises != options["num"]:
+        show([f"the metrics of exact ends are of {fine.noises} images per block, those of samples of {options['num']}: "
+              f"add --error-noises={options['num']} to compare them"])
     return plan, found.record
 
 

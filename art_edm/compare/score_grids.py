@@ -179,7 +179,7 @@ def _error(plan: Plan, choice: Choice, solver: str, work: Work) -> Row:
         mine, theirs = (pooled([block[name] for block in side]) for side in (own, true))
         row.update(fields(f"{name}_to_exact", paired_distance(mine, theirs)))
         if name in plan.references:
-            row.update(fields(f"{name}_of_exact", measure([theirs], plan.references[name])))
+            row.update(fields(f"{name}_of_exact", measure([block[name] for block in true], plan.references[name])))
     return row
 
 

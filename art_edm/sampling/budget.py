@@ -5,8 +5,8 @@ Symbols
 N      evaluations of D per image: NFE
 K      number of steps; `solvers.nfe` gives N for a solver and K
 
-`RECOMMENDED` was measured on learned grids, by end-point error and by FID (docs/solvers.md). In one step all solvers
-are Euler's.
+`RECOMMENDED` was measured on learned grids, by end-point error and by the features of ends (docs/solvers.md). In one
+step all solvers are Euler's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from art_edm.sampling.solvers import SOLVERS, nfe, order_of
 __all__ = ["CANDIDATES", "RECOMMENDED", "candidates", "recommended", "steps_of"]
 
 # (N up to which, solver)
-RECOMMENDED: Tuple[Tuple[float, str], ...] = ((1, "euler"), (5, "clock-denoised"), (float("inf"), "clock"))
+RECOMMENDED: Tuple[Tuple[float, str], ...] = ((1, "euler"), (6, "clock-denoised"), (float("inf"), "ipndm3"))
 CANDIDATES = ("clock", "clock-denoised", "ipndm3", "dpmpp2m", "heun")  # among which an end-point error may choose
 
 

@@ -259,9 +259,10 @@ class Judge:
         if num:
             from art_edm.metrics.frechet import moments
             from art_edm.metrics.mnist import load_mnist, to_images
-            from art_edm.models.loading import load_lenet
+            from art_edm.models.lenet import LeNet
+            from art_edm.models.loading import load_classifier
 
-            self.lenet, pixels = load_lenet(), load_mnist("train", data)[0]
+            self.lenet, pixels = load_classifier(LeNet).eval(), load_mnist("train", data)[0]
             self.images = noise(denoiser, "images", num)
             self.reference = moments(self._features(to_images(pixels)))
 

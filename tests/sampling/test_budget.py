@@ -13,6 +13,8 @@ from art_edm.models.analytic import GaussianDenoiser
 from art_edm.sampling.budget import CANDIDATES, candidates, recommended, steps_of
 from art_edm.sampling.solvers import SOLVERS, sample
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
 
 def spent(solver, num_steps):
     """Evaluations of one image, counted by the denoiser."""
@@ -59,9 +61,18 @@ def no_worse(solver, evaluations, figures):
     return mean(solver) <= min(map(mean, set(CANDIDATES) - {"heun"})) + error
 
 
-@pytest.mark.parametrize("evaluations", [4, 5, 8, 10])
+@pytest.mark.parametrize("evaluations", [3, 4, 5, 7, 8, 10])
 def test_what_is_recommended_is_among_the_best_where_it_was_measured(evaluations):
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / "solvers.json"
-    figures = json.loads(path.read_text())["solvers"]
+    figures = json.loads((RESULTS / "solvers.json").read_text())["solvers"]
     assert no_worse(recommended(evaluations), evaluations, figures)
     assert not no_worse("ab4-sigma", evaluations, figures)
+
+
+@pytest.mark.parametrize("evaluations", [4, 5, 6, 8])
+def test_features_of_the_ends_of_what_is_recommended_are_among_the_nearest(evaluations):
+    rows = json.loads((RESULTS / "solvers_fid.json").read_text())["rows"]
+    here = {row["solver"]: row for row in rows if row["nfe"] == evaluations}
+    least = min(row["fid_to_exact"] for row in here.values())
+    near = lambda name: here[name]["fid_to_exact"] <= least + 2 * here[name]["fid_to_exact_stderr"]
+    assert near(recommended(evaluations))
+    assert not near("dpmpp2m")
