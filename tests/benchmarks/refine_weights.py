@@ -35,7 +35,7 @@ from art_edm.sampling.weighted import table_of, weighted
 from art_edm.schedule import learn_schedule
 from tests.benchmarks.refine_search import field_of
 
-POOL, FIRST_VALIDATION, SEED = 512, 256, 9001  # noises of training from the first on, of validation; seed of the judges
+POOL, FIRST_VALIDATION, SEED = 512, 256, 9101  # noises of training from the first on, of validation; seed of the judges
 CHUNK, FINE = 32, 20  # exact ends by RK4 on EDM's rule: 0.002 from those of 60 steps on mnist
 RATE = 0.01  # of the search by Adam, down to a hundredth of it along a cosine
 Content = Dict[str, np.ndarray]
