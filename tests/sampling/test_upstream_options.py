@@ -247,5 +247,5 @@ def test_it_loads_nothing_that_upstream_does_not_have():
            "('art_edm', 'torch', 'scipy', 'requests', 'PIL')))"
     output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert output.split() == [
-        "art_edm", "art_edm.grids", "art_edm.grids.grid", "art_edm.runtime", "art_edm.runtime.files",
-        "art_edm.upstream"]
+        "art_edm", "art_edm.grids", "art_edm.grids.grid", "art_edm.grids.weights", "art_edm.runtime",
+        "art_edm.runtime.files", "art_edm.upstream"]

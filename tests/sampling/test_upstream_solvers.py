@@ -186,8 +186,9 @@ print(*sorted(m for m in sys.modules if m.split(".")[0] in ("art_edm", "scipy", 
 """
     output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert output.split() == ["False", "art_edm", *(f"art_edm.{name}" for name in (
-        "grids", "grids.grid", "models", "models.denoiser", "models.evaluate", "runtime", "runtime.errors",
-        "runtime.files", "runtime.memory", "sampling", "sampling.multistep", "sampling.solvers", "upstream"))]
+        "grids", "grids.grid", "grids.weights", "models", "models.denoiser", "models.evaluate", "runtime",
+        "runtime.errors", "runtime.files", "runtime.memory", "runtime.precision", "sampling", "sampling.multistep",
+        "sampling.solvers", "upstream"))]
 
 
 # --- solve -------------------------------------------------------------------------------------------
