@@ -189,8 +189,9 @@ def test_help_and_the_modules_it_takes(records, commit):
     assert "--schedule vp|ve|linear|FILE.npy Noise levels from FILE.npy" in text
     ours = [name for name in records["modules"] if name.startswith("art_edm")]
     assert ours == ["art_edm", *(f"art_edm.{name}" for name in (  # 30 ms beside torch, which the script takes itself
-        "grids", "grids.grid", "models", "models.denoiser", "models.evaluate", "runtime", "runtime.errors",
-        "runtime.files", "runtime.memory", "sampling", "sampling.multistep", "sampling.solvers", "upstream"))]
+        "grids", "grids.grid", "grids.weights", "models", "models.denoiser", "models.evaluate", "runtime",
+        "runtime.errors", "runtime.files", "runtime.memory", "runtime.precision", "sampling", "sampling.multistep",
+        "sampling.solvers", "sampling.weighted", "upstream"))]
 
 
 def test_two_processes_fail_alike_and_make_the_images_of_one(folder, scripts):
