@@ -23,7 +23,7 @@ HELP = """Train the score network and a ResNet on CIFAR-10, and measure them.
 
 def load(split: str, data: Optional[str]) -> Tuple[Any, Any]:
     """Pixels uint8 [N, 3, 32, 32] and labels [N]."""
-    from art_edm.metrics.cifar10 import load_cifar10
+    from networks.cifar10 import load_cifar10
 
     return load_cifar10(split, data)
 

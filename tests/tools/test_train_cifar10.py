@@ -10,11 +10,11 @@ import pytest
 import train_cifar10 as tool
 from click.testing import CliRunner
 from networks import command as training
+from networks.cifar10 import CLASSES, load_cifar10
 from networks.classifier import accuracy
 from networks.options import training_command
 from PIL import Image
 
-from art_edm.metrics.cifar10 import CLASSES, load_cifar10
 from art_edm.models.loading import load_classifier, load_network
 from art_edm.models.resnet import ResNet
 from art_edm.runtime.files import sha256_of

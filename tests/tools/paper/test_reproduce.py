@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from networks.cifar10 import CLASSES
 from paper import context as laboratory
 from paper import kept_runs as learned
 from paper.context import Lab, address_of
@@ -201,7 +202,7 @@ def test_first_budget_that_stays_below():
 def test_cifar_images_from_archive_and_folder(tmp_path):
     rng = np.random.default_rng(0)
     with tarfile.open(tmp_path / "c.tar.xz", "w:xz") as archive:
-        for label in range(10):
+        for label in CLASSES:
             for i in (2, 0, 1):
                 buffer = io.BytesIO()
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
@@ -211,7 +212,7 @@ def test_cifar_images_from_archive_and_folder(tmp_path):
     with tarfile.open(tmp_path / "c.tar.xz") as archive:
         archive.extractall(tmp_path / "d")
     images = cifar10_images(tmp_path / "c.tar.xz", 20)
-    pixels = np.asarray(Image.open(tmp_path / "d" / "train" / "3" / "0001.png"))
+    pixels = np.asarray(Image.open(tmp_path / "d" / "train" / "cat" / "0001.png"))
     assert images.shape == (20, 3, 32, 32)
     assert np.array_equal(np.rint((images[7].permute(1, 2, 0).numpy() + 1) * 127.5), pixels)
     assert torch.equal(images, cifar10_images(tmp_path / "d", 20))

@@ -8,9 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from networks.cifar10 import CLASSES, load_cifar10
 from PIL import Image
-
-from art_edm.metrics.cifar10 import CLASSES, load_cifar10
 
 
 @pytest.fixture
@@ -65,6 +64,15 @@ def test_what_cannot_be_used(folder, tmp_path):
     with pytest.raises(ValueError, match=r"cat/0001.png: found uint8 \[32, 32\], expected 32x32 pixels in colour"):
         load_cifar10("test", str(folder))
     (folder / "test" / "cat" / "0001.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="cat/0001.png is damaged or no image"):
+        load_cifar10("test", str(folder))
+
+
+def test_postscript_named_png_starts_no_program(folder):
+    path = folder / "test" / "cat" / "0001.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"  # the twin: without a list of formats Pillow would start Ghostscript to load it
     with pytest.raises(ValueError, match="cat/0001.png is damaged or no image"):
         load_cifar10("test", str(folder))
 
