@@ -23,8 +23,8 @@ GROUPS = {
 
 @click.command(cls=Command, groups=GROUPS)
 @click.option("--network", required=True, metavar="NAME|PATH|URL|MODULE:FACTORY",
-              help="mnist, oned, gaussian:S, a network pickle of EDM or EDM2, a weight file, or a function of a module "
-                   "of yours that returns a Denoiser: that runs the module's code.")
+              help="mnist, cifar10, oned, gaussian:S, a network pickle of EDM or EDM2, a weight file, or a function of a "
+                   "module of yours that returns a Denoiser: that runs the module's code.")
 @click.option("--gnet", metavar="PATH|URL", help="Guiding network pickle (EDM2); the field is then the guided one.")
 @click.option("--guidance", type=float, default=1.0, help="Guidance strength; 1 is none.")
 @click.option("--class", "class_idx", type=click.IntRange(0), default=None, metavar="INT",
@@ -67,7 +67,7 @@ GROUPS = {
               help="What is near: RMS end-point error, or the Frechet distance between features of ends and of exact "
                    "ends, from the same noises.")
 @click.option("--detector", metavar="NAME|PT", default=None,
-              help="Of --refine-by=features: lenet, inception, or a classifier that this project trained.  [default: "
+              help="Of --refine-by=features: lenet, cifar10, inception, or a classifier trained here.  [default: "
                    "lenet for grey 28 x 28 images, else inception]")
 @click.option("--solver", default=None, metavar="NAME",
               help="Of --refine, --objective=solver and --nfe: euler, heun, rk4, ...  [default: heun, of weights "

@@ -76,7 +76,7 @@ GEN_HELP = {
 
 @click.command("gen", cls=Command, groups=GEN_HELP)
 @click.option("--network", required=True, metavar="NAME|PATH|URL",
-              help="mnist, oned, gaussian:S, a pickle of EDM or EDM2, a weight file, or package.module:factory.")
+              help="mnist, cifar10, oned, gaussian:S, a pickle of EDM or EDM2, a weight file, or module:factory.")
 @click.option("--gnet", metavar="PATH|URL", help="Guiding network pickle (EDM2).")
 @click.option("--guidance", type=float, default=1.0, show_default=True, help="Guidance strength; 1 is none.")
 @click.option("--class", "class_idx", type=click.IntRange(0), metavar="INT",

@@ -48,7 +48,7 @@ def detector_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--metrics", callback=several(lambda: METRICS), metavar="LIST",
                      help=f"{', '.join(METRICS)}, one or several.  [default: fid; of an EDM2 --ref all it has]"),
         click.option("--detector", default="inception", show_default=True, metavar="NAME|PT|PKL|URL",
-                     help="inception, lenet, resnet.pt of train_cifar10.py, or a network called like Inception."),
+                     help="inception, lenet, cifar10, a classifier trained here, or a network called like Inception."),
         click.option("--detector-sha256", metavar="HEX",
                      help="Refuse a detector file of another SHA-256; consent to run a TorchScript of this one."),
         click.option("--trust-detector", is_flag=True,

@@ -11,7 +11,7 @@ difference  of a cell's FID to that of the first grid in as many steps by the sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from art_edm.runtime.store import Content, Store
 from art_edm.sampling.baselines import Choice, hand_made
 from art_edm.sampling.solvers import nfe, supported
 
-__all__ = ["Fine", "Plan", "mnist_reference", "score"]
+__all__ = ["Fine", "Plan", "mnist_reference", "score", "true_images"]
 
 
 class Fine(NamedTuple):
@@ -223,15 +223,32 @@ def mnist_reference(
     """
     name = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}[split]
     panel = replace(panel, metrics=[name for name in panel.metrics if METRICS[name].needs_reference])
-    what = {"kind": "mnist", "images": FILES[name], "panel": panel.identity}
+    what = {"kind": "mnist", "images": FILES[name]}
     num = {"train": 60_000, "test": 10_000}[split]
+    images = lambda: load_mnist(split, data)[0][:, None]
+    found = true_images(what, images, num, panel, device, store)
+    return {name: groups[0].statistics() for name, groups in found.of.items()}
+
+
+def true_images(
+    what: Dict[str, Any], images: Callable[[], torch.Tensor], num: int, panel: Panel, device: torch.device,
+    store: Store, groups: int = 1,
+) -> Accumulators:
+    """What a panel keeps of `num` images of a data set, in `store`.
+
+    Args:
+        what: tells these images from all others.
+        images: gives them, uint8 [num, C, H, W]; not called where they are known.
+        groups: of images left out together for a standard error.
+    """
 
     def made() -> Content:
-        found = Accumulators(panel, num, device=device)
-        for i, pixels in enumerate(load_mnist(split, data)[0].split(500)):
-            found.update(pixels[:, None].to(device), range(500 * i, 500 * i + len(pixels)), ["MNIST"] * len(pixels))
+        found = Accumulators(panel, num, groups, device)
+        for i, part in enumerate(images().split(500)):
+            where = range(500 * i, 500 * i + len(part))
+            found.update(part.to(device), where, [f"{what['kind']} {j}" for j in where])
         return found.content()
 
-    accumulators = Accumulators(panel, num, device=device)
-    accumulators.merge(store.memo(what, made))
-    return {name: groups[0].statistics() for name, groups in accumulators.of.items()}
+    accumulators = Accumulators(panel, num, groups, device)
+    accumulators.merge(store.memo({**what, "panel": panel.identity}, made))
+    return accumulators

@@ -2,6 +2,7 @@
 
     inception     NVIDIA's Inception-v3, downloaded once; the network of the published FIDs
     lenet         the bundled LeNet: 84 penultimate features of grey 28 x 28 images (section 6.4)
+    cifar10       the bundled ResNet: 192 penultimate features of 32 x 32 images in colour
     F.pt          lenet.pt or resnet.pt as the trainings of this project write them: penultimate features of images of
                   the size they are for
     F.pt, URL     any TorchScript that is called alike: net(x, return_features=True) -> [B, d]; for the Inception
@@ -31,6 +32,7 @@ __all__ = ["INCEPTION_SHA256", "INCEPTION_URL", "CallDetector", "Detector", "Det
            "load_detector"]
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+BUNDLED = {"lenet": "lenet.pt", "cifar10": "resnet.pt"}
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
@@ -177,7 +179,7 @@ def load_detector(
     if pickled and not trust:
         raise DetectorError(f"{spec}: found a pickle, which runs code when read, expected a TorchScript (.pt); "
                             "add --trust-pickle if you trust its source")
-    path = _verified(bundled("lenet.pt") if spec == "lenet" else _locate(spec, sha256, quiet), sha256)
+    path = _verified(bundled(BUNDLED[spec]) if spec in BUNDLED else _locate(spec, sha256, quiet), sha256)
     digest, kind = sha256_of(path), classifier_kind(path)
     if kind is not None:
         return _own(kind, path, tuple(shape), device)
@@ -202,8 +204,8 @@ def _locate(spec: str, sha256: Optional[str], quiet: bool) -> Path:
         return download(spec, sha256=sha256, quiet=quiet)
     path = Path(spec)
     if not path.is_file():
-        raise DetectorError(f"{spec}: found no such file, expected inception, lenet, a path or an address; "
-                            "correct --detector")
+        raise DetectorError(f"{spec}: found no such file, expected inception, lenet, cifar10, a path or an "
+                            "address; correct --detector")
     return path
 
 

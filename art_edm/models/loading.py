@@ -1,8 +1,8 @@
 """From a name, a path or an address to a denoiser.
 
-    mnist         the bundled score network        gaussian:S    Gaussian data of standard deviation S
-    oned          the paper's 1-D example          PATH|URL      a network pickle of EDM or EDM2, or a weight
-                                                                 file written by `save_network`
+    mnist, cifar10    the bundled score networks    gaussian:S    Gaussian data of standard deviation S
+    oned              the paper's 1-D example       PATH|URL      a network pickle of EDM or EDM2, or a weight
+                                                                  file written by `save_network`
     package.module:factory    calls `factory()`, which returns a `Denoiser`; this runs the user's code
 """
 
@@ -38,9 +38,11 @@ from art_edm.runtime.files import file_kind, save_tensors, sha256_of
 __all__ = ["NetworkError", "Network", "bundled", "classifier_kind", "load_classifier", "load_network", "local_copy",
            "save_classifier", "save_network"]
 
+BUNDLED = ("mnist", "cifar10")
 FORMATS = {ScoreUNet: "art_edm.score/1", LeNet: "art_edm.lenet/1", ResNet: "art_edm.resnet/1"}
 LARGEST_SIZE = 1024  # of a width or resolution of our own networks; memory is taken by these before weights are read
-EXPECTED = "mnist, oned, gaussian:S, the path or address of a network pickle or weight file, or package.module:factory"
+EXPECTED = ("mnist, cifar10, oned, gaussian:S, the path or address of a network pickle or weight file, or "
+            "package.module:factory")
 SNAPSHOT = "of upstream's files give network-snapshot-*.pkl, not a training state; of others package.module:factory"
 
 
@@ -89,9 +91,9 @@ def load_network(
         ConnectionError: an address that cannot be reached now.
     """
     factory = re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", spec) and not spec.startswith("gaussian:")
-    plain = spec in ("oned", "mnist") or spec.startswith("gaussian:") or factory
-    path = bundled("mnist.pt") if spec == "mnist" else None if plain else _file(spec, quiet)
-    if path is not None and spec != "mnist" and not _is_weight_file(path):
+    plain = spec in ("oned", *BUNDLED) or spec.startswith("gaussian:") or factory
+    path = bundled(f"{spec}.pt") if spec in BUNDLED else None if plain else _file(spec, quiet)
+    if path is not None and spec not in BUNDLED and not _is_weight_file(path):
         return _pickled(path, spec, device, (gnet, guidance, class_idx), trust, quiet)
     if (gnet, guidance, class_idx) != (None, 1, None):
         raise NetworkError(f"{spec} takes no --gnet, --guidance or --class; they are for network pickles")
@@ -102,7 +104,7 @@ def load_network(
     if path is None:
         return Network(_gaussian(spec).to(device), spec.replace(":", ""), None)
     net = _fill(ScoreUNet, _read(path, ScoreUNet), path).to(device, memory_format=torch.channels_last)
-    return Network(net, "mnist" if spec == "mnist" else path.stem, sha256_of(path))
+    return Network(net, path.stem, sha256_of(path))
 
 
 def _file(spec: str, quiet: bool, option: str = "", expected: str = EXPECTED) -> Path:

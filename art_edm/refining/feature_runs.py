@@ -24,13 +24,13 @@ import torch
 
 from art_edm.metrics.detectors import Detector, load_detector
 from art_edm.models.denoiser import Denoiser
+from art_edm.refining import levenberg_marquardt
 from art_edm.refining.solver_jacobian import Kept, Move, Noises, Place, Run, SolverRuns
 from art_edm.refining.stage import Stage
 
 __all__ = ["FeatureRuns", "check_judge", "described", "feature_residuals", "load_judge"]
 
 LENET_SHAPE = (1, 28, 28)
-MIN_SCALE = 0.1  # least curvature that scales a parameter, relative to the largest
 
 
 def feature_residuals(features: np.ndarray, exact: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
@@ -115,9 +115,7 @@ class FeatureRuns(SolverRuns):
         J = J - mean
         gradient = 2 * (mean @ shift + np.einsum("mpd,md->p", J, rest) / others)
         H = to_p.T @ (2 * (mean @ mean.T + np.einsum("mpd,mqd->pq", J, J) / others)) @ to_p
-        diagonal = np.diag(H)
-        least = run.errors.mean() / count + np.finfo(float).tiny
-        return to_p.T @ gradient, H, np.sqrt(np.maximum(diagonal, MIN_SCALE * diagonal.max()) + least)
+        return to_p.T @ gradient, H, levenberg_marquardt.scales(np.diag(H), run.errors.mean(), bool(places))
 
     def _products(self, moves: Iterator[Move], part: slice, kept: Kept) -> torch.Tensor:
         """J of a batch, [B, P d]."""

@@ -17,12 +17,13 @@ from typing import Tuple
 
 import numpy as np
 
-__all__ = ["chain", "levels_of", "model", "parameters_of", "proposal", "secant"]
+__all__ = ["chain", "levels_of", "model", "parameters_of", "proposal", "scales", "secant"]
 
 SMOOTHING = 0.05  # of the mean error: below it, errors no longer weigh more
 MAX_STEP = 0.5  # of a parameter q
 MIN_RATIO = 1e-3  # of the excesses over `low` of neighbouring levels; a smaller one starts from here
 MIN_SCALE = 0.1  # least curvature that scales a parameter, relative to the largest
+MIN_SCALE_WEIGHTS = 1e-3  # the same among weights: their curvatures differ as the squares of their steps in sigma do
 MIN_CURVATURE = 1.0  # added to the scale, in units of f per parameter: where J vanishes it is all there is
 TINY = 1e-300
 
@@ -48,22 +49,27 @@ def chain(q: np.ndarray, levels: np.ndarray, low: float = 0.0) -> np.ndarray:
 
 
 def model(
-    errors: np.ndarray, jtj: np.ndarray, jtr: np.ndarray, to_q: np.ndarray
+    errors: np.ndarray, jtj: np.ndarray, jtr: np.ndarray, to_q: np.ndarray, weights: bool = False
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradient g [K - 1], curvature H [K - 1, K - 1] and the scales [K - 1] of f in q: 1 / scale is a usual step.
 
     Args:
         errors: [M]; jtj, jtr: J^T J [M, K-1, K-1] and J^T r [M, K-1] per pixel, by level.
         to_q: d level / d q.
+        weights: whether weights are among the parameters.
     """
     w = 1 / np.sqrt(np.square(errors) + (SMOOTHING * errors.mean()) ** 2 + TINY)  # [M]
     outward = np.einsum("m,mi,mj->ij", w**3, jtr, jtr) / len(w)  # a distance is straight along its residual
     curvature = np.tensordot(w, jtj, 1) / len(w)
     gradient = w @ jtr / len(w)
-    diagonal = np.diag(to_q.T @ curvature @ to_q)
-    least = MIN_CURVATURE * errors.mean() / len(diagonal) + TINY
-    scale = np.sqrt(np.maximum(diagonal, MIN_SCALE * diagonal.max()) + least)
+    scale = scales(np.diag(to_q.T @ curvature @ to_q), errors.mean(), weights)
     return to_q.T @ gradient, to_q.T @ (curvature - outward) @ to_q, scale
+
+
+def scales(diagonal: np.ndarray, f: float, weights: bool) -> np.ndarray:
+    """Those of the parameters [P], from the curvature's diagonal where f is minimised; see `model`."""
+    least = MIN_SCALE_WEIGHTS if weights else MIN_SCALE
+    return np.sqrt(np.maximum(diagonal, least * diagonal.max()) + MIN_CURVATURE * f / len(diagonal) + TINY)
 
 
 def secant(S: np.ndarray, H: np.ndarray, step: np.ndarray, change: np.ndarray) -> np.ndarray:

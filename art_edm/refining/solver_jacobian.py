@@ -207,7 +207,7 @@ class SolverRuns:
 
     def model(self, run: Run, to_p: np.ndarray, step: float, places: Tuple[Place, ...]) -> Tuple[np.ndarray, ...]:
         """As `levenberg_marquardt.model`, of the mean error in p, for `to_p` = d (levels, weights) / d p."""
-        return levenberg_marquardt.model(run.errors, *self.derivatives(run, step, places), to_p)
+        return levenberg_marquardt.model(run.errors, *self.derivatives(run, step, places), to_p, bool(places))
 
     def _recorded(self, part: slice, scheme: Scheme) -> Kept:
         """A batch from the first level to the last, and what each step began with."""

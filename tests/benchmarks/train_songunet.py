@@ -1,8 +1,9 @@
-"""Train a small SongUNet of NVlabs/edm on MNIST with a loop of our own, and save it as upstream's pickles are.
+"""Train a small SongUNet of NVlabs/edm on MNIST or CIFAR-10 with a loop of our own, and save it as upstream's pickles are.
 
 The pickle embeds upstream's source code, so it is made where it is needed and never shipped. Run by hand:
 
     ART_EDM_UPSTREAM=DIR python tests/benchmarks/train_songunet.py --data=MNIST_DIR --out=songunet.pkl
+    ART_EDM_UPSTREAM=DIR python tests/benchmarks/train_songunet.py --images=cifar10 --data=cifar10.tar.xz --out=songunet.pkl
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, Dict, Tuple
 
 import click
 import torch
+from networks.cifar10 import load_cifar10
+from networks.loop import to_unit
 from networks.score import score_loss, stratified_sigma
 
-from art_edm.metrics.mnist import load_mnist, to_images
+from art_edm.metrics.mnist import load_mnist
 from art_edm.runtime.cli import Command
 from art_edm.runtime.files import atomic_write, save_tensors
 from art_edm.runtime.progress import Progress
@@ -38,10 +41,12 @@ def networks(upstream: Path) -> Any:
 
 def step(net: torch.nn.Module, ema: torch.nn.Module, optimizer: Any, images: torch.Tensor, seed: int, it: int,
          total: int, batch: int) -> float:
-    """One step of Adam at a rate that falls linearly to zero, and of the average."""
+    """One step of Adam at a rate that falls linearly to zero, and of the average; half of the colour images mirrored."""
     rng = seeded_generator(seed, it)
-    y = images[torch.randint(len(images), (batch,), generator=rng)]
-    sigma = stratified_sigma(batch, -0.5, 1.3, rng)
+    y, colour = to_unit(images[torch.randint(len(images), (batch,), generator=rng)]), images.shape[1] == 3
+    if colour:
+        y = torch.where(torch.rand(batch, 1, 1, 1, generator=rng) < 0.5, y, y.flip(3))
+    sigma = stratified_sigma(batch, *((-1.2, 1.2) if colour else (-0.5, 1.3)), rng)
     loss = score_loss(net, y, sigma, torch.randn(y.shape, generator=rng))
     for group in optimizer.param_groups:
         group["lr"] = 2e-3 * min(1, (it + 1) / 100) * (1 - it / total)
@@ -54,26 +59,27 @@ def step(net: torch.nn.Module, ema: torch.nn.Module, optimizer: Any, images: tor
     return float(loss.detach())
 
 
-def parts(module: Any, seed: int) -> Tuple[Any, Any, Any]:
-    """Network, average and optimizer."""
+def parts(module: Any, shape: torch.Size, seed: int) -> Tuple[Any, Any, Any]:
+    """Network, average and optimizer for images [N, C, H, W] of this shape."""
     torch.manual_seed(seed)
-    make = lambda: module.EDMPrecond(28, 1, **SIZE).to(memory_format=torch.channels_last)  # noqa: E731
+    make = lambda: module.EDMPrecond(shape[-1], shape[1], **SIZE).to(memory_format=torch.channels_last)  # noqa: E731
     net, ema = make(), make()
     ema.load_state_dict(net.state_dict())
     return net.train(), ema, torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
 
 
 @click.command(cls=Command)
-@click.option("--data", help="Folder with the MNIST files; downloaded by default.")
+@click.option("--images", default="mnist", show_default=True, type=click.Choice(["mnist", "cifar10"]))
+@click.option("--data", help="Folder with the MNIST files, downloaded by default; folder or archive of CIFAR-10.")
 @click.option("--iterations", default=3000, show_default=True)
 @click.option("--batch", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default="songunet.pkl", show_default=True, type=click.Path(path_type=Path))
-def main(data: str, iterations: int, batch: int, seed: int, out: Path) -> None:
+def main(images: str, data: str, iterations: int, batch: int, seed: int, out: Path) -> None:
     """Some minutes of training; continues from OUT.ckpt if there is one."""
     module = networks(Path(os.environ["ART_EDM_UPSTREAM"]) / "edm")
-    images = to_images(load_mnist("train", data)[0])
-    net, ema, optimizer = parts(module, seed)
+    pixels = load_mnist("train", data)[0][:, None] if images == "mnist" else load_cifar10("train", data)[0]
+    net, ema, optimizer = parts(module, pixels.shape, seed)
     checkpoint, first = out.with_suffix(".ckpt"), 0
     state: Dict[str, Any] = dict(net=net, ema=ema, optimizer=optimizer)
     if checkpoint.exists():
@@ -83,7 +89,7 @@ def main(data: str, iterations: int, batch: int, seed: int, out: Path) -> None:
             state[name].load_state_dict(value)
     progress = Progress(iterations, "SongUNet", start=first)
     for it in range(first, iterations):
-        loss = step(net, ema, optimizer, images, seed, it, iterations, batch)
+        loss = step(net, ema, optimizer, pixels, seed, it, iterations, batch)
         progress.update(it + 1, f"loss {loss:.4f}")
         if (it + 1) % 250 == 0:
             save_tensors(checkpoint, {**{k: v.state_dict() for k, v in state.items()}, "iteration": it + 1})

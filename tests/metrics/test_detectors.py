@@ -135,7 +135,7 @@ def test_files_that_are_no_detectors(scripts, tmp_path):
         with pytest.raises(DetectorError, match="x.pt: found .*, no readable TorchScript .*; get it again") as error:
             load_detector(str(tmp_path / "x.pt"), SHAPE, CPU, trust=True)
         assert "\n" not in str(error.value)
-    with pytest.raises(DetectorError, match="nothing.pt: found no such file, expected inception, lenet"):
+    with pytest.raises(DetectorError, match="nothing.pt: found no such file, expected inception, lenet, cifar10"):
         load_detector("nothing.pt", SHAPE, CPU)
 
 
@@ -255,14 +255,15 @@ def test_pickles_that_cannot_be_read(tmp_path, monkeypatch):
 # --- LeNet -------------------------------------------------------------------------------------------
 
 
-def test_lenet_features_are_those_of_the_bundled_network():
-    detector = load_detector("lenet", (1, 28, 28), CPU, scores=True)
-    x = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    net, scaled = load_classifier(LeNet), x.float() / 127.5 - 1
+@pytest.mark.parametrize("name, kind, file", [("lenet", LeNet, "lenet.pt"), ("cifar10", ResNet, "resnet.pt")])
+def test_features_are_those_of_the_bundled_classifier(name, kind, file):
+    detector = load_detector(name, kind.img_shape, CPU, scores=True)
+    x = torch.randint(0, 256, (5, *kind.img_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    net, scaled = load_classifier(kind), x.float() / 127.5 - 1
     assert torch.equal(detector.features(x), net.features(scaled)) and detector.features(x).shape == (5, detector.dim)
     torch.testing.assert_close(detector.probabilities(x), net(scaled).exp() / net(scaled).exp().sum(1, keepdim=True))
     assert (detector.features(x) - net.features(x.float() / 255)).abs().max() > 1e-2  # another scale
-    assert detector.sha256 == sha256(detectors.bundled("lenet.pt"))
+    assert detector.sha256 == sha256(detectors.bundled(file))
 
 
 class ToLoad:
@@ -315,8 +316,10 @@ def test_a_trusted_pickle_finds_upstreams_modules(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32)])
-def test_lenet_takes_digits_only(shape):
+def test_lenet_takes_digits_only_and_the_resnet_none(shape):
     size = f"{shape[2]}x{shape[1]} with {shape[0]} channel"
+    with pytest.raises(DetectorError, match=rf"found images of {size}.*expected 32x32 with 3 .* for ResNet"):
+        load_detector("cifar10", shape, CPU)
     with pytest.raises(DetectorError, match=rf"found images of {size}.*expected 28x28 with 1 .* for LeNet"):
         load_detector("lenet", shape, CPU)
 

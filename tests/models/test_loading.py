@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 import pickle
 import re
@@ -61,7 +62,7 @@ def test_unknown_names(name, found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NetworkError) as caught:
         load_network(name)
-    expected = ("mnist, oned, gaussian:S, the path or address of a network pickle or weight file, or "
+    expected = ("mnist, cifar10, oned, gaussian:S, the path or address of a network pickle or weight file, or "
                 "package.module:factory")
     assert str(caught.value) == f"{found}; expected {expected}"
 
@@ -88,10 +89,24 @@ def test_gaussian_refuses(text):
         load_network(f"gaussian:{text}")
 
 
-def test_mnist_is_the_bundled_file(path, monkeypatch):
-    monkeypatch.setattr(loading, "bundled", lambda name: {"mnist.pt": path}[name])
-    network = load_network("mnist")
-    assert network.name == "mnist" and network.sha256 == sha256_of(path)
+@pytest.mark.parametrize("name, shape, judge", [("mnist", (1, 28, 28), LeNet), ("cifar10", (3, 32, 32), ResNet)])
+def test_bundled_networks_are_those_of_their_cards(name, shape, judge):
+    network, card = load_network(name), json.loads(loading.bundled(f"{name}.json").read_text())
+    assert network.name == name and network.denoiser.img_shape == shape == judge.img_shape
+    assert card["sha256"] == {file: sha256_of(loading.bundled(file)) for file in card["sha256"]}
+    assert set(card["sha256"]) == {f"{name}.pt", f"{judge.__name__.lower()}.pt"}
+    assert network.sha256 == card["sha256"][f"{name}.pt"]
+    assert card["parameters"] == sum(p.numel() for p in network.denoiser.parameters())
+    assert network.denoiser.sigma_data == pytest.approx(card["sigma_data"])
+
+
+def test_a_bundled_name_is_no_other_file(path, tmp_path, monkeypatch):
+    """Nor is a file of that name in the current folder the bundled network."""
+    (tmp_path / "cifar10").write_bytes(b"text")
+    monkeypatch.chdir(tmp_path)
+    assert load_network("cifar10").sha256 == sha256_of(loading.bundled("cifar10.pt"))
+    with pytest.raises(ValueError, match="cifar10: found a damaged instruction"):
+        load_network(os.path.join(".", "cifar10"))
 
 
 # --- round trip --------------------------------------------------------------------------------------

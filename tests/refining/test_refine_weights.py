@@ -11,8 +11,10 @@ import torch
 from art_edm.grids.grid import Grid, edm
 from art_edm.measure.field import rms
 from art_edm.models.analytic import GaussianDenoiser
+from art_edm.refining import levenberg_marquardt
 from art_edm.refining import refine as refine_module
 from art_edm.refining.config import RefineConfig
+from art_edm.refining.levenberg_marquardt import scales
 from art_edm.refining.noise_sets import draw_noises
 from art_edm.refining.parameters import Parameters, free_places
 from art_edm.refining.refine import between, refine, refine_grids
@@ -181,3 +183,16 @@ def test_a_solver_without_weights_is_refused_before_any_work():
     with pytest.raises(ValueError, match="found heun, which evaluates 2 times in a step"):
         refine(model, start(4), "heun", CONFIG, eights())
     assert model.evaluations == 0
+
+
+def test_weights_of_short_steps_are_scaled_by_their_own_curvature(monkeypatch):
+    """A step's curvature goes as the square of its length in sigma: scaled by the largest, late ones hardly move."""
+    found = scales(np.array([1e4, 10.0, 1e-3]), 2.0, weights=True)
+    assert found == pytest.approx(np.sqrt([1e4 + 2 / 3, 10 + 2 / 3, 10 + 2 / 3]))
+    assert scales(np.array([1e4, 10.0, 1e-3]), 2.0, weights=False)[1:] == pytest.approx(np.sqrt(1e3 + 2 / 3))
+    config = replace(CONFIG, noises=32, validation=32, iterations=20)
+    errors = []
+    for least in (levenberg_marquardt.MIN_SCALE_WEIGHTS, levenberg_marquardt.MIN_SCALE):
+        monkeypatch.setattr(levenberg_marquardt, "MIN_SCALE_WEIGHTS", least)
+        errors.append(refine(mixture(), start(5), "clock", config, eights()).error_after.mean)
+    assert errors[0] < 0.7 * errors[1]

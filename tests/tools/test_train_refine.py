@@ -312,20 +312,22 @@ def test_a_detector_of_whole_numbers_alone_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_grid_of_least_distance_is_recorded(run, monkeypatch):
+@pytest.mark.parametrize("refine, moved", [("--refine", "levels"), ("--refine=weights", "weights")])
+def test_the_grid_of_least_distance_is_recorded(run, monkeypatch, refine, moved):
     """Gaussian images for which LeNet is the detector, in few noises: what the sidecar and the summary say."""
     monkeypatch.setattr("art_edm.refining.config.RefineConfig.judged_by", lambda self, detector: replace(
         self, noises=8, validation=12, fine_steps=12, iterations=2, cheap_iterations=2))
     options = ("--network=tests.tools.test_train_refine:grey", "--method=direct", "--steps=3", "--trajectories=4",
-               "--refine", "--solver=clock-denoised", "--refine-by=features", "--out=g.npy")
+               refine, "--solver=clock-denoised", "--refine-by=features", "--out=g.npy")
     result = run(*options)
     assert result.exit_code == 0, result.stderr
     record = json.loads(Path("g.json").read_text())
     before, after = (record["refined"]["distances"][name] for name in ("before", "after"))
     assert after < before and f"{after:.4g} refined" in result.stdout
-    assert record["refine"].startswith("levels, by features of lenet ")
+    assert record["refine"].startswith(f"{moved}, by features of lenet ")
+    assert ("weights" in record) == (moved == "weights")
     other = run(*[each for each in options if each != "--refine-by=features"])
-    assert other.exit_code == 2 and "is a grid of other settings (refine is \"levels, by features" in other.stderr
+    assert other.exit_code == 2 and f"is a grid of other settings (refine is \"{moved}, by features" in other.stderr
 
 
 def grey() -> GaussianDenoiser:

@@ -8,18 +8,21 @@ lacking     (resource or option, where it is had) for what an experiment needs a
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
+from networks.cifar10 import load_cifar10
 
 from art_edm.compare.sample_cache import Work
-from art_edm.compare.score_grids import mnist_reference
+from art_edm.compare.score_grids import mnist_reference, true_images
 from art_edm.learning.config import PRESETS, TrainConfig
 from art_edm.metrics.detectors import INCEPTION_URL, Detector, load_detector
 from art_edm.metrics.dinov2 import DINO_URL, load_dinov2
 from art_edm.metrics.feature_stats import METRICS
+from art_edm.metrics.mnist import load_mnist
 from art_edm.metrics.panel import Panel
 from art_edm.metrics.references import load_reference
 from art_edm.models.loading import Network, load_network
@@ -74,6 +77,7 @@ class Lab:
     stop: Optional[GracefulStop] = None
     resample: str = "paper"
     _networks: Dict[str, Network] = field(default_factory=dict)
+    _images: Dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -110,9 +114,9 @@ class Lab:
         return self._networks[name]
 
     def detector(self, name: str, network: Network, scores: bool = False) -> Detector:
-        """The detector `lenet`, or Inception from the folder of the networks."""
+        """A bundled detector, or Inception from the folder of the networks."""
         shape = network.denoiser.img_shape
-        if name != "lenet":
+        if name == "inception":
             name = str(self.file(INCEPTION) or INCEPTION)
             shape = (3, shape[1], shape[2])
         return load_detector(name, shape, self.device, scores, trust=self.trust, quiet=True)
@@ -127,13 +131,29 @@ class Lab:
             detectors["dinov2"] = load_dinov2(str(weights), self.device, quiet=True)
         return Panel(metrics, detectors, IS_PARTS)
 
+    def true_images(self, name: str) -> torch.Tensor:
+        """Images of mnist:SPLIT or cifar10:SPLIT, uint8 [N, C, H, W], those of CIFAR-10 by class; read once.
+
+        Raises a ValueError if they are not there.
+        """
+        kind, _, split = name.partition(":")
+        if name not in self._images:
+            self._images[name] = (load_mnist(split, self.mnist)[0][:, None] if kind == "mnist" else
+                                  load_cifar10(split, str(self.cifar10))[0])
+        return self._images[name]
+
     def references(self, name: str, panel: Panel) -> Dict[str, Content]:
-        """Metric -> statistics of a data set, mnist:train or an official file, for those that compare with one."""
+        """Metric -> statistics of mnist:train, cifar10:train or an official file, for those that compare with one."""
         comparing = [metric for metric in panel.metrics if METRICS[metric].needs_reference]
         if not comparing:
             return {}
         if name == "mnist:train":
             return mnist_reference("train", panel, self.device, self.store, self.mnist)
+        if name == "cifar10:train":
+            images = self.true_images(name)
+            what = {"kind": name, "images": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
+            found = true_images(what, lambda: images, len(images), panel, self.device, self.store)
+            return {metric: found.of[metric][0].statistics() for metric in comparing}
         reference = load_reference(str(self.file(name) or name), quiet=True)
         for metric in comparing:
             detector = panel.detectors[METRICS[metric].detector]

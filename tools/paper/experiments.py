@@ -28,6 +28,7 @@ class Experiment:
         resampled_from: the K whose learned grid is resampled to all others (section 6.5.1); 0: the clock is read off.
         noises: of the end-point errors beside the metric.
         floor: steps of Heun's method on EDM's rule that show what the network itself can do; 0 leaves it out.
+        printed: the paper's table that its rows stand beside; the one of its name if empty.
         figures: the paper's figures that show it.
     """
 
@@ -47,6 +48,7 @@ class Experiment:
     resampled_from: int = 0
     noises: int = 64
     floor: int = 0
+    printed: str = ""
     figures: Tuple[str, ...] = ()
 
     @property
@@ -59,7 +61,7 @@ class Experiment:
     @property
     def paper(self) -> Dict[str, List[Optional[float]]]:
         """What the paper prints for its rows, None where it prints nothing for a number of steps."""
-        printed = paper_table(self.name)
+        printed = paper_table(self.printed or self.name)
         known = {k: i for i, k in enumerate(printed.get("steps", []))}
         return {name: [row[known[k]] if k in known else None for k in self.steps]
                 for name, row in printed.get("rows", {}).items()}
@@ -79,6 +81,10 @@ _MNIST = Experiment(
     "table4", "MNIST, RK4", "images", "mnist", "mnist:train", "lenet", solver="rk4", steps=COMMON, num=10_000,
     noises=256, floor=50, figures=("figure3", "figure11"),
 )
+_SMALL = Experiment(
+    "table2-small", "CIFAR-10, bundled network, Heun", "images", "cifar10", "cifar10:train", "cifar10", solver="heun",
+    steps=COMMON, num=10_000, noises=256, floor=50, printed="table2", figures=("figure3",),
+)
 _LATENT = replace(_OFFICIAL, name="table7", title="ImageNet-512 latents, EDM2-XS, grid of CIFAR-10", network=XS,
                   reference="img512.pkl", grids=PUBLISHED, learned_on=CIFAR, figures=("figure3", "figure14"))
 _ALL = (
@@ -87,11 +93,17 @@ _ALL = (
     _OFFICIAL,
     replace(_OFFICIAL, name="table3", title="CIFAR-10, Euler", solver="euler", steps=(2, 3, 5, 7, 12, 30, 50, 80),
             figures=("figure3", "figure7")),
+    _SMALL,
+    replace(_SMALL, name="table3-small", title="CIFAR-10, bundled network, Euler", solver="euler",
+            steps=(2, 3, 5, 7, 12, 30), printed="table3"),
     _MNIST,
     replace(_MNIST, name="table4-euler", title="MNIST, Euler", solver="euler", figures=("figure3",)),
     replace(_MNIST, name="table4-heun", title="MNIST, Heun", solver="heun", figures=("figure3",)),
     replace(_OFFICIAL, name="table5", title="CIFAR-10, the grid of K = 18 resampled, Heun", steps=(4, 6, 9, 12, 15, 20),
             grids=PUBLISHED, resampled_from=18, figures=("figure9", "figure10")),
+    replace(_SMALL, name="table5-small", title="CIFAR-10, bundled network, the grid of K = 18 resampled, Heun",
+            steps=(4, 6, 9, 12, 15, 20), grids=("dpm", "edm", "art_rl", "art_rl_own"), resampled_from=18,
+            printed="table5", figures=("figure10",)),
     replace(_MNIST, name="table5-mnist", title="MNIST, the grid of K = 18 resampled, Heun", solver="heun",
             steps=(4, 6, 9, 12, 15, 20), grids=("dpm", "edm", "art_rl", "art_rl_own"), resampled_from=18,
             figures=("figure10",)),
@@ -105,6 +117,8 @@ _ALL = (
     replace(_LATENT, name="table8", title=f"{_LATENT.title}: Inception score", metric="is", figures=("figure14",)),
     Experiment("transfer", "grids learned on one field and used on another", "transfer", "mnist", steps=(5, 10, 18),
                num=64),
+    Experiment("transfer-networks", "grids of the two bundled networks, each also on the other", "transfer", "cifar10",
+               steps=(5, 10), num=64),
     Experiment("ablation-variance", "variance of the policy: adaptive against fixed", "ablation"),
     Experiment("ablation-clock", "training clock: as fine as the grid, or finer", "ablation"),
     Experiment("ablation-live", "rollouts on the field itself against the cached ones", "ablation"),

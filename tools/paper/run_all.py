@@ -34,7 +34,8 @@ def lacking(experiments: Sequence[Experiment], lab: Lab) -> List[Tuple[List[str]
     """(experiments, what they lack, where it is had), each need once; an experiment without one can run."""
     needs: Dict[Tuple[str, str], List[str]] = {}
     for experiment in experiments:
-        for need in lab.lacking(experiment.official):
+        images = [CIFAR10] if experiment.reference.startswith("cifar10:") and lab.cifar10 is None else []
+        for need in [*lab.lacking(experiment.official), *images]:
             needs.setdefault(need, []).append(experiment.name)
     return [(names, what, where) for (what, where), names in needs.items()]
 

@@ -9,14 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from networks.cifar10 import load_cifar10
 from paper import context as laboratory
 from paper.context import Lab
 from paper.experiments import TABLES
 from paper.report import Result, markdown, read_results, save_result, write_report
+from paper.run_all import lacking
 from paper.tables import ablations
 from paper.tables import fid_cells as image_cells
 from paper.tables.fid_cells import Bench, Cell
 from paper.tables.fid_tables import END_POINTS, _comparisons, ratio
+from PIL import Image
 
 from art_edm.grids.grid import edm
 from art_edm.metrics.detectors import CallDetector
@@ -99,20 +102,59 @@ def test_tables_7_and_8_have_fd_dinov2_where_the_reference_carries_it(bench, met
 
 def test_yardsticks_are_the_floor_and_as_many_test_images(bench, monkeypatch):
     pixels = torch.randint(0, 256, (60, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    monkeypatch.setattr(image_cells, "load_mnist", lambda split, data: (pixels if split == "test" else None, None))
+    monkeypatch.setattr(laboratory, "load_mnist", lambda split, data: (pixels if split == "test" else None, None))
     found = bench.yardsticks()
     assert list(found) == ["the network's floor (Heun, 6 steps, NFE 11)", "48 test images"]
     floor, test = found.values()
     assert floor[0] == pytest.approx(fid(bench, images(bench, edm(6, 0.002, 80), "heun")), rel=1e-8)
-    features = bench.detector.features(pixels[:48, None]).double().numpy()
+    spaced = pixels[torch.arange(48) * 60 // 48, None]
+    features = bench.detector.features(spaced).double().numpy()
     assert test[0] == pytest.approx(frechet_distance(*moments(features), *bench.references["fid"].values()), rel=1e-8)
     every = bench.detector.features(pixels[:, None]).double().numpy()  # more images have another bias
     assert test[0] != pytest.approx(frechet_distance(*moments(every), *bench.references["fid"].values()), rel=1e-3)
     assert all(stderr > 0 for _, stderr in found.values())
-    monkeypatch.setattr(image_cells, "load_mnist", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(bench.lab, "true_images", lambda name: pytest.fail("computed again"))
     assert bench.yardsticks() == found
     bench.experiment = replace(ITEM, floor=0, reference="x.npz")
     assert bench.yardsticks() == {}
+
+
+@pytest.fixture
+def cifar10(bench, tmp_path):
+    """The bench with 40 training and 40 test images of two classes in place of CIFAR-10, 32 x 32 pixels of colour."""
+    rng = np.random.default_rng(0)
+    for split, name, number in ((s, c, i) for s in ("train", "test") for c in ("cat", "ship") for i in range(20)):
+        place = tmp_path / "cifar" / split / name
+        place.mkdir(parents=True, exist_ok=True)
+        dark = 3 if name == "cat" else 1
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8) // dark).save(place / f"{number:04d}.png")
+    lab = replace(bench.lab, cifar10=tmp_path / "cifar")
+    item, network = replace(TABLES["table2-small"], num=20), lab.network("cifar10")
+    panel = lab.panel("fid", item.detector, item.reference, network)
+    return Bench(item, network, panel, lab.references(item.reference, panel), None, lab, lab.work())
+
+
+def test_cifar10s_images_are_the_reference_and_the_yardstick(cifar10):
+    train, test = (load_cifar10(split, str(cifar10.lab.cifar10))[0] for split in ("train", "test"))
+    features = lambda images: cifar10.detector.features(images).double().numpy()
+    reference = moments(features(train))
+    assert cifar10.references["fid"]["mu"] == pytest.approx(reference[0], rel=1e-6)
+    assert cifar10.references["fid"]["sigma"] == pytest.approx(reference[1], rel=1e-5, abs=1e-9)
+    cifar10.experiment = replace(cifar10.experiment, floor=0)
+    ((name, (value, _)),) = cifar10.yardsticks().items()
+    assert name == "20 test images"
+    assert value == pytest.approx(frechet_distance(*moments(features(test[::2])), *reference), rel=1e-5)
+    first = frechet_distance(*moments(features(test[:20])), *reference)  # the twin: images of one class alone
+    assert abs(first - value) > 0.1 * value
+
+
+def test_the_small_tables_of_cifar10_ask_for_its_images(cifar10):
+    items = [TABLES[name] for name in ("table2-small", "table3-small", "table5-small", "transfer-networks")]
+    (need,) = lacking(items, replace(cifar10.lab, cifar10=None))
+    assert need[0] == ["table2-small", "table3-small", "table5-small"] and need[1] == "CIFAR-10's images"
+    assert lacking(items, cifar10.lab) == []
+    assert items[0].paper == TABLES["table2"].paper != items[1].paper
+    assert [k for k in items[1].steps] == [2, 3, 5, 7, 12, 30] and len(items[1].paper["edm"]) == 6
 
 
 def test_the_number_of_evaluations_is_told_beforehand(bench):

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
+import torch
 
 from art_edm.compare.sample_cache import Samples, Scored, Work, end_points, scored
+from art_edm.compare.score_grids import true_images
 from art_edm.grids.grid import Grid
 from art_edm.metrics.detectors import Detector
 from art_edm.metrics.end_point import EndPointError, end_point_error
 from art_edm.metrics.feature_stats import METRICS
 from art_edm.metrics.metric import measure, pooled
-from art_edm.metrics.mnist import load_mnist
-from art_edm.metrics.panel import Accumulators, Panel
+from art_edm.metrics.panel import Panel
 from art_edm.metrics.standard_errors import Measurement
 from art_edm.models.latents import Decode
 from art_edm.models.loading import Network
@@ -39,7 +40,7 @@ __all__ = ["Bench", "Cell"]
 
 Content = Dict[str, np.ndarray]
 FINE_STEPS = 100
-TEST_IMAGES = 10_000  # of MNIST
+TEST_IMAGES = 10_000  # of MNIST and of CIFAR-10
 
 
 class Cell(NamedTuple):
@@ -116,8 +117,9 @@ class Bench:
             blocks = self._blocks(self.fine(steps), "heun")
             if self.lab.lead:
                 found[f"the network's floor (Heun, {steps} steps, NFE {nfe('heun', steps)})"] = self._value(blocks)
-        if self.experiment.reference == "mnist:train" and self.references and self.lab.lead:
-            found[f"{min(images, TEST_IMAGES):,} test images"] = self._test_set(images)
+        name, _, split = self.experiment.reference.partition(":")
+        if split and self.references and self.lab.lead:
+            found[f"{min(images, TEST_IMAGES):,} test images"] = self._test_set(f"{name}:test", images)
         return {name: [value.mean, value.stderr] for name, value in found.items()}
 
     def _blocks(self, grid: Grid, solver: str) -> List[Optional[Scored]]:
@@ -137,21 +139,14 @@ class Bench:
     def _ends(self, grid: Grid, solver: str) -> Optional[np.ndarray]:
         return end_points(Samples(self.network, grid, solver, self.noises, self.lab.seed), self.work)
 
-    def _test_set(self, images: int) -> Measurement:
-        """The first test images, at most as many as a cell has: a FID depends on their number."""
-        what: Dict[str, Any] = {"kind": "mnist test set", "images": images, "panel": self.panel.identity}
-        pixels = lambda: load_mnist("test", self.lab.mnist)[0][:images]
-        count = min(images, TEST_IMAGES)
-        empty = lambda: Accumulators(self.panel, count, self.panel.groups(count), self.lab.device)
+    def _test_set(self, name: str, images: int) -> Measurement:
+        """Test images, at most as many as a cell has: a FID depends on their number. Evenly spaced: not of one class."""
+        count, metric = min(images, TEST_IMAGES), self.panel.metrics[0]
 
-        def made() -> Content:
-            found = empty()
-            for i, part in enumerate(pixels().split(500)):
-                where = range(500 * i, 500 * i + len(part))
-                found.update(part[:, None].to(self.lab.device), where, [f"test image {j}" for j in where])
-            return found.content()
+        def pixels() -> torch.Tensor:
+            every = self.lab.true_images(name)
+            return every[torch.arange(count) * len(every) // count]
 
-        found = empty()
-        found.merge(self.lab.store.memo(what, made))
-        name = self.panel.metrics[0]
-        return measure([found.of[name]], self.references[name])
+        what = {"kind": f"{name} evenly spaced", "images": count}
+        found = true_images(what, pixels, count, self.panel, self.lab.device, self.lab.store, self.panel.groups(count))
+        return measure([found.of[metric]], self.references[metric])

@@ -21,7 +21,7 @@ from art_edm.metrics.feature_stats import METRICS
 from art_edm.metrics.standard_errors import Difference, Measurement, difference, jackknife
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.latents import Decode, decoder_of
-from art_edm.models.loading import Network
+from art_edm.models.loading import BUNDLED, Network
 from art_edm.runtime.progress import Progress
 from art_edm.sampling.baselines import hand_made
 from art_edm.sampling.generate import to_pixels
@@ -184,11 +184,11 @@ def _notes(bench: Bench) -> List[str]:
         own = "; art_rl_own: the learned clock read off at each K" if "art_rl_own" in experiment.grids else ""
         rule = f"art_rl: the grid of K = {experiment.resampled_from}, {RESAMPLE[bench.lab.resample][1]}"
         notes.append(f"{rule}{own}.")
-    if experiment.network == "mnist":
-        notes.append("The network and the LeNet are this project's own: the paper's level of LeNet-FID is another one, "
-                     "only ratios compare. Where rows come down to the network's floor, the metric cannot tell them "
+    if experiment.network in BUNDLED:
+        notes.append("The network and the detector are this project's own: the paper's level is another one, only "
+                     "ratios compare. Where rows come down to the network's floor, the metric cannot tell them "
                      "apart; their end-point errors can.")
-    if bench.detector.name not in ("lenet", "inception"):
+    if experiment.network not in BUNDLED and bench.detector.name != "inception":
         notes.append("The detector is not NVIDIA's Inception: no figure compares with the paper's.")
     return notes
 

@@ -2,7 +2,7 @@
 
 Symbols
 -------
-field    mnist, the bundled network; mnist-set and cifar10-set, the exact fields of real images
+field    mnist and cifar10, the bundled networks; mnist-set and cifar10-set, the exact fields of real images
 error    RMS distance of end points to a fine Heun solution from the same noise
 cost     error of a grid over that of the grid learned on the field itself
 """
@@ -10,14 +10,14 @@ cost     error of a grid over that of the grid learned on the field itself
 from __future__ import annotations
 
 import time
-from typing import Dict, NamedTuple
+from typing import Dict, NamedTuple, Tuple
 
 from art_edm.compare.sample_cache import Samples, end_points
 from art_edm.grids.grid import Grid
 from art_edm.metrics.end_point import EndPointError, end_point_error
-from art_edm.models.loading import Network
+from art_edm.models.loading import BUNDLED, Network
 from art_edm.sampling.baselines import hand_made
-from art_edm.sampling.solvers import nfe, supported
+from art_edm.sampling.solvers import SOLVERS, nfe, supported
 from paper.context import Lab
 from paper.experiments import Experiment
 from paper.report import Result
@@ -26,7 +26,6 @@ from paper.tables.empirical_fields import cifar10_images, empirical, mnist_image
 __all__ = ["Fine", "endpoint", "fields", "run_transfer"]
 
 SET = 2000  # images of an exact field
-SOLVERS = ("heun", "euler")
 
 
 class Fine(NamedTuple):
@@ -37,7 +36,7 @@ class Fine(NamedTuple):
 
 
 def fields(lab: Lab, size: int = SET) -> Dict[str, Network]:
-    """The fields that can be had here."""
+    """The fields of digits and, where CIFAR-10 can be had here, of its images."""
     images = mnist_images(lab.mnist, size)
     found = {"mnist": lab.network("mnist"), "mnist-set": empirical("mnist-set", images, lab.device)}
     if lab.cifar10 is not None:
@@ -57,10 +56,13 @@ def endpoint(network: Network, grid: Grid, solver: str, fine: Fine, lab: Lab) ->
 
 def run_transfer(experiment: Experiment, lab: Lab) -> Result:
     """Rows: where the grid was learned, and EDM's; columns: field, solver, number of steps."""
-    began, known = time.monotonic(), fields(lab)
+    began = time.monotonic()
+    of_networks = experiment.name == "transfer-networks"  # these with all solvers of the product
+    known = {name: lab.network(name) for name in BUNDLED} if of_networks else fields(lab)
+    solvers: Tuple[str, ...] = tuple(SOLVERS) if of_networks else ("heun", "euler")
     runs = {name: lab.run(network) for name, network in known.items()}
     fine = Fine(lab.num or experiment.num)
-    columns = [(field, solver, k) for field in known for solver in SOLVERS for k in experiment.steps]
+    columns = [(field, solver, k) for field in known for solver in solvers for k in experiment.steps]
 
     def error(row: str, field: str, solver: str, num_steps: int) -> EndPointError:
         grid = runs[row].grid(num_steps) if row in runs else hand_made(known[field].denoiser, num_steps)[row]
@@ -81,14 +83,17 @@ def run_transfer(experiment: Experiment, lab: Lab) -> Result:
         },
     )
     result.settings = {
-        "images of an exact field": SET, "noises": fine.noises, "fine": f"Heun, {fine.num_steps} steps, EDM's rule",
-        "seed": lab.seed, "NFE": {f"{solver} {k}": nfe(solver, k) for solver in SOLVERS for k in experiment.steps},
+        **({} if of_networks else {"images of an exact field": SET}), "noises": fine.noises,
+        "fine": f"Heun, {fine.num_steps} steps, EDM's rule", "seed": lab.seed,
+        "NFE": {f"{solver} {k}": nfe(solver, k) for solver in solvers for k in experiment.steps},
         "price of distillation": {name: run.profile.price for name, run in runs.items()},
         "seconds": time.monotonic() - began,
     }
-    result.notes = ["Rows: the field the grid was learned on. mnist is the bundled network; the sets are exact: the "
-                    f"score of {SET:,} training images, whose paths end on one of them. A path that ends on another "
-                    "image than the fine solution's dominates the RMS; the median is hardly touched by it."]
+    result.notes = ["Rows: the field the grid was learned on. mnist and cifar10 are the bundled networks."]
+    if not of_networks:
+        result.notes.append(f"The sets are exact: the score of {SET:,} training images, whose paths end on one of "
+                            "them. A path that ends on another image than the fine solution's dominates the RMS; the "
+                            "median is hardly touched by it.")
     return result
 
 
