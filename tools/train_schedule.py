@@ -23,8 +23,8 @@ GROUPS = {
 
 @click.command(cls=Command, groups=GROUPS)
 @click.option("--network", required=True, metavar="NAME|PATH|URL|MODULE:FACTORY",
-              help="mnist, cifar10, oned, gaussian:S, a network pickle of EDM or EDM2, a weight file, or a function of a "
-                   "module of yours that returns a Denoiser: that runs the module's code.")
+              help="mnist, cifar10, oned, gaussian:S, a network pickle of EDM or EDM2, a weight file, or a function of "
+                   "a module of yours that returns a Denoiser: that runs the module's code.")
 @click.option("--gnet", metavar="PATH|URL", help="Guiding network pickle (EDM2); the field is then the guided one.")
 @click.option("--guidance", type=float, default=1.0, help="Guidance strength; 1 is none.")
 @click.option("--class", "class_idx", type=click.IntRange(0), default=None, metavar="INT",

@@ -32,8 +32,8 @@ __all__ = ["INCEPTION_SHA256", "INCEPTION_URL", "CallDetector", "Detector", "Det
            "load_detector"]
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-BUNDLED = {"lenet": "lenet.pt", "cifar10": "resnet.pt"}
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+BUNDLED = {"lenet": "lenet.pt", "cifar10": "resnet.pt"}  # name -> file in art_edm/weights
 
 
 class DetectorError(ValueError):

@@ -1,9 +1,9 @@
-"""Train a small SongUNet of NVlabs/edm on MNIST or CIFAR-10 with a loop of our own, and save it as upstream's pickles are.
+"""Train a small SongUNet of NVlabs/edm on MNIST or CIFAR-10 with a loop of our own; save it as upstream's pickles are.
 
 The pickle embeds upstream's source code, so it is made where it is needed and never shipped. Run by hand:
 
     ART_EDM_UPSTREAM=DIR python tests/benchmarks/train_songunet.py --data=MNIST_DIR --out=songunet.pkl
-    ART_EDM_UPSTREAM=DIR python tests/benchmarks/train_songunet.py --images=cifar10 --data=cifar10.tar.xz --out=songunet.pkl
+    ART_EDM_UPSTREAM=DIR python tests/benchmarks/train_songunet.py --images=cifar10 --data=cifar10.tar.xz
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def networks(upstream: Path) -> Any:
 
 def step(net: torch.nn.Module, ema: torch.nn.Module, optimizer: Any, images: torch.Tensor, seed: int, it: int,
          total: int, batch: int) -> float:
-    """One step of Adam at a rate that falls linearly to zero, and of the average; half of the colour images mirrored."""
+    """One step of Adam at a rate that falls linearly to zero, and of the average; colours are half mirrored."""
     rng = seeded_generator(seed, it)
     y, colour = to_unit(images[torch.randint(len(images), (batch,), generator=rng)]), images.shape[1] == 3
     if colour:

@@ -177,7 +177,8 @@ def test_bad_numbers_of_evaluations(run, options, text):
 
 
 @pytest.mark.parametrize(("network", "text"), [
-    ("cifar", "unknown network 'cifar'; expected mnist, cifar10, oned, gaussian:S"), ("gaussian:", "expected a positive number"),
+    ("cifar", "unknown network 'cifar'; expected mnist, cifar10, oned, gaussian:S"),
+    ("gaussian:", "expected a positive number"),
     ("gaussian:-1", "expected a positive number"), ("gaussian:x", "expected a positive number"),
     ("none.pt", "no file none.pt"), ("folder/none.pt", "no file folder/none.pt"),
 ])

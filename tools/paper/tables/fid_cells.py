@@ -140,7 +140,7 @@ class Bench:
         return end_points(Samples(self.network, grid, solver, self.noises, self.lab.seed), self.work)
 
     def _test_set(self, name: str, images: int) -> Measurement:
-        """Test images, at most as many as a cell has: a FID depends on their number. Evenly spaced: not of one class."""
+        """As many test images as a cell has, if there are, as a FID depends on it; evenly spaced: not of one class."""
         count, metric = min(images, TEST_IMAGES), self.panel.metrics[0]
 
         def pixels() -> torch.Tensor:
