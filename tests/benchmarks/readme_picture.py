@@ -6,7 +6,7 @@ ends, which a fine solution reaches. Below each panel its figures, from tables o
     python tools/train_schedule.py --network=cifar10 --steps=4,6,8,10,18 --out='art{steps}.npy'
     python tools/fid.py gen --network=cifar10 --grid='edm,art=art{steps}.npy' --steps=4,6 --solver=clock-denoised \
         --reference-error --detector=cifar10 --ref=cifar10.npz --num=1000 --out=few.json      # and --steps=8,10,18 ...
-    python tests/benchmarks/readme_picture.py --grid='art{steps}.npy' --scores=few.json,many.json
+    python tests/benchmarks/readme_picture.py --grid='art{steps}.npy' --scores=few.json,many.json --num=9 --wide=3
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from art_edm.sampling.budget import recommended
 from art_edm.sampling.generate import generate
 
 ROOT = Path(__file__).resolve().parents[2]
+DISTANCES = {"resnet": "CIFAR-FID", "lenet": "LeNet-FID", "inception": "FID"}
 TITLES = {"edm": "EDM's rule", "art": "learned grid"}
 
 
@@ -48,9 +49,10 @@ def sheet(images: torch.Tensor, wide: int) -> torch.Tensor:
 
 def figures(paths: List[Path]) -> Dict[Tuple[str, int, str], str]:
     """(grid, evaluations, solver) -> end-point error and Frechet distance, from tables of `fid.py gen`."""
-    rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    return {(row["name"], row["nfe"], row["solver"]): f"error {row['error_mean']:.3f}, FID {row['fid']:.0f}"
-            for row in rows}
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return {(row["name"], row["nfe"], row["solver"]):
+            f"error {row['error_mean']:.3f}, {DISTANCES[table['detector']]} {row['fid']:.0f}"
+            for table in tables for row in table["rows"]}
 
 
 def panels(denoiser: Denoiser, numbers: List[int], grid: str, num: int, known: Dict[Tuple[str, int, str], str]
@@ -58,10 +60,11 @@ def panels(denoiser: Denoiser, numbers: List[int], grid: str, num: int, known: D
     """Every grid's samples of the images 0 to num - 1, and the exact ends of the same noises."""
     exact = generate(denoiser, edm(200, denoiser.sigma_min, denoiser.sigma_max), "heun", num)
     made = []
-    for name, each, _ in choose_grids(["edm", f"art={grid}"], numbers, denoiser):
-        solver, count = recommended(each.num_steps), each.num_steps
-        images = generate(denoiser, each, solver, num)
-        made.append(Panel(TITLES[name], f"NFE {count}, {solver}", images, known.get((name, count, solver), "")))
+    for choice in choose_grids(["edm", f"art={grid}"], numbers, denoiser):
+        count = choice.grid.num_steps
+        solver = recommended(count)
+        images, below = generate(denoiser, choice.grid, solver, num), known.get((choice.name, count, solver), "")
+        made.append(Panel(TITLES[choice.name], f"NFE {count}, {solver}", images, below))
     return made + [Panel(row, "exact", exact) for row in TITLES.values()]
 
 

@@ -142,6 +142,12 @@ class Lab:
                                   load_cifar10(split, str(self.cifar10))[0])
         return self._images[name]
 
+    def identity_of(self, name: str) -> Dict[str, str]:
+        """What tells these images from all others: those of MNIST are known, those of CIFAR-10 may be any files."""
+        known = name.startswith("mnist:")
+        digest = "" if known else hashlib.sha256(self.true_images(name).numpy().tobytes()).hexdigest()
+        return {"kind": name, "images": digest}
+
     def references(self, name: str, panel: Panel) -> Dict[str, Content]:
         """Metric -> statistics of mnist:train, cifar10:train or an official file, for those that compare with one."""
         comparing = [metric for metric in panel.metrics if METRICS[metric].needs_reference]
@@ -151,8 +157,7 @@ class Lab:
             return mnist_reference("train", panel, self.device, self.store, self.mnist)
         if name == "cifar10:train":
             images = self.true_images(name)
-            what = {"kind": name, "images": hashlib.sha256(images.numpy().tobytes()).hexdigest()}
-            found = true_images(what, lambda: images, len(images), panel, self.device, self.store)
+            found = true_images(self.identity_of(name), lambda: images, len(images), panel, self.device, self.store)
             return {metric: found.of[metric][0].statistics() for metric in comparing}
         reference = load_reference(str(self.file(name) or name), quiet=True)
         for metric in comparing:

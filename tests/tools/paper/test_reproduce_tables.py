@@ -144,6 +144,10 @@ def test_cifar10s_images_are_the_reference_and_the_yardstick(cifar10):
     ((name, (value, _)),) = cifar10.yardsticks().items()
     assert name == "20 test images"
     assert value == pytest.approx(frechet_distance(*moments(features(test[::2])), *reference), rel=1e-5)
+    changed = next((cifar10.lab.cifar10 / "test" / "ship").iterdir())  # other images: nothing kept is taken for them
+    Image.new("RGB", (32, 32), (250, 0, 0)).save(changed)
+    cifar10.lab._images.clear()
+    assert cifar10.yardsticks()[name][0] != pytest.approx(value, rel=1e-3)
     first = frechet_distance(*moments(features(test[:20])), *reference)  # the twin: images of one class alone
     assert abs(first - value) > 0.1 * value
 

@@ -147,6 +147,6 @@ class Bench:
             every = self.lab.true_images(name)
             return every[torch.arange(count) * len(every) // count]
 
-        what = {"kind": f"{name} evenly spaced", "images": count}
+        what = {**self.lab.identity_of(name), "evenly spaced": count}
         found = true_images(what, pixels, count, self.panel, self.lab.device, self.lab.store, self.panel.groups(count))
         return measure([found.of[metric]], self.references[metric])
