@@ -229,7 +229,7 @@ def test_names_patterns_and_figures_choose_experiments():
     assert names() == list(TABLES)
     assert names("table4") == ["table4"] and names("table4*") == ["table4", "table4-euler", "table4-heun"]
     assert names("table6") == ["table6-afhqv2", "table6-ffhq", "table6-imagenet64"]
-    assert names("figure10", "table1") == ["table1", "table5", "table5-mnist"]
+    assert names("figure10", "table1") == ["table1", "table5", "table5-small", "table5-mnist"]
     assert names("figure8") == ["table1"]
     with pytest.raises(ValueError, match="found 'table9', expected some of table1"):
         select(["table9"])
