@@ -19,7 +19,7 @@ in place of the mean error (see `feature_runs`), and a grid of less distance is 
 With `config.weights` the weights of each step are moved with the levels (see `sampling.weighted`), from the solver's
 own. A ridge can hold them there: f + rho/2 f_0 |w - w_0|^2, f_0 the mean error at the start. rho takes the values of
 `config.ridges` one after the other, each from where the one before ended; validation noises decide which step, and so
-which rho, is returned. By default it is 0: on the bundled network 32 noises overfit little.
+which rho, is returned. By default it is 0.
 """
 
 from __future__ import annotations
