@@ -23,7 +23,7 @@ SMOOTHING = 0.05  # of the mean error: below it, errors no longer weigh more
 MAX_STEP = 0.5  # of a parameter q
 MIN_RATIO = 1e-3  # of the excesses over `low` of neighbouring levels; a smaller one starts from here
 MIN_SCALE = 0.1  # least curvature that scales a parameter, relative to the largest
-MIN_SCALE_WEIGHTS = 1e-3  # the same among weights: their curvatures differ as the squares of their steps in sigma do
+MIN_SCALE_WEIGHTS = 1e-6  # the same among weights: their curvatures differ as the squares of their steps in sigma do
 MIN_CURVATURE = 1.0  # added to the scale, in units of f per parameter: where J vanishes it is all there is
 TINY = 1e-300
 

@@ -16,10 +16,11 @@ the given one and that, too.
 With a detector, what is minimised and validated is the Frechet distance between the features of ends and exact ends
 in place of the mean error (see `feature_runs`), and a grid of less distance is better.
 
-With `config.weights` the weights of each step are moved with the levels (see `sampling.weighted`), from the solver's
-own. A ridge can hold them there: f + rho/2 f_0 |w - w_0|^2, f_0 the mean error at the start. rho takes the values of
-`config.ridges` one after the other, each from where the one before ended; validation noises decide which step, and so
-which rho, is returned. By default it is 0.
+With `config.weights` the weights of each step are moved with the levels (see `sampling.weighted`). They begin as the
+solver's own or as those of a solver in `WEIGHTS_OF`, whichever end nearest on the grid. A ridge can hold them there:
+f + rho/2 f_0 |w - w_0|^2, f_0 the mean error at the start. rho takes the values of `config.ridges` one after the other,
+each from where the one before ended; validation noises decide which step, and so which rho, is returned. By default it
+is 0.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from art_edm.sampling.weighted import table_of
 __all__ = ["RefineResult", "RefinedGrids", "check_refinable", "own_start", "refine", "refine_grids"]
 
 GIVEN, OWN = "given", "own local errors"  # names of grids to start from
+WEIGHTS_OF = ("clock-denoised", "ipndm3")  # solvers whose weights are starts as well as the solver's own
 MAX_TRIALS = 7  # ever shorter steps of one search
 ERROR_FLOOR = 1e-4  # of the error at the start: nothing is gained below, as the exact ends are no better
 SHARES = (0.75, 0.5, 0.25)  # of the way to a grid that is not taken
@@ -67,7 +69,7 @@ class RefineResult:
     """What a refinement leaves behind."""
 
     grid: Grid
-    start: str  # where it began: "given", or the name of another grid
+    start: str  # where it began: "given", or the name of another grid or of the solver whose weights those were
     share: float  # of the way from the given grid to a step not taken, in log sigma; 1 unless `grid` is there
     error_before: EndPointError  # of the given grid
     error_after: EndPointError  # of `grid`, in the mean never above; it helped to choose, so a little too good
@@ -211,6 +213,8 @@ def refine(
     with Stage(denoiser, context, "refining, images", _expected(grid.num_steps, solver, config)) as stage:
         train, validation = (runs_of(solver, part, stage, noises.detector) for part in noises[:2])
         schemes = {name: _scheme(each, solver, config) for name, each in grids.items()}
+        if config.weights:
+            schemes.update({other: _scheme(grid, other, config) for other in WEIGHTS_OF if other != solver})
         work = _Refinement(schemes, config, train, validation, noises.evaluations if drawn else 0)
         found, best = work.result(), work.best.scheme
     seconds = stage.seconds + (noises.seconds if drawn else 0.0)

@@ -178,6 +178,21 @@ def test_of_several_solvers_the_one_that_ends_nearest_gives_the_weights_to_begin
     assert result.error_before.mean == pytest.approx(tried[nearest].mean, rel=1e-6)
 
 
+@pytest.mark.parametrize("field, steps", [(mixture, 3), (mixture, 4), (clusters, 4)])
+def test_it_begins_with_the_weights_that_end_nearest(field, steps):
+    model, grid = field(), start(steps)
+    found, drawn = refine(model, grid, "clock", CONFIG, eights()), draw_noises(model, CONFIG, grid.sigma_max, eights())
+    errors = {}
+    for solver in ("clock", *refine_module.WEIGHTS_OF):
+        ends = sample(model, drawn.validation.latents, grid, weighted(table_of(solver, grid.values)))
+        errors[solver] = rms(ends - drawn.validation.ends).mean().item()
+    nearest = min(errors, key=errors.get)
+    assert found.start == ("given" if nearest == "clock" else nearest)
+    # the gain is that over the solver asked for
+    assert found.error_before.mean == pytest.approx(errors["clock"], rel=1e-9)
+    assert len(set(errors.values())) == 3  # the twin: all three would begin differently
+
+
 def test_a_solver_without_weights_is_refused_before_any_work():
     model = mixture()
     with pytest.raises(ValueError, match="found heun, which evaluates 2 times in a step"):
@@ -188,7 +203,7 @@ def test_a_solver_without_weights_is_refused_before_any_work():
 def test_weights_of_short_steps_are_scaled_by_their_own_curvature(monkeypatch):
     """A step's curvature goes as the square of its length in sigma: scaled by the largest, late ones hardly move."""
     found = scales(np.array([1e4, 10.0, 1e-3]), 2.0, weights=True)
-    assert found == pytest.approx(np.sqrt([1e4 + 2 / 3, 10 + 2 / 3, 10 + 2 / 3]))
+    assert found == pytest.approx(np.sqrt([1e4 + 2 / 3, 10 + 2 / 3, 1e-2 + 2 / 3]))
     assert scales(np.array([1e4, 10.0, 1e-3]), 2.0, weights=False)[1:] == pytest.approx(np.sqrt(1e3 + 2 / 3))
     config = replace(CONFIG, noises=32, validation=32, iterations=20)
     errors = []
