@@ -147,7 +147,7 @@ def learn_schedule(
             loaded = _loaded(network, here.device, options)
             paths = _paths(out and _named(out, loaded), label, wanted)
             named = not isinstance(network, (Denoiser, Network)) or loaded.sha256 is not None  # else it may be any
-            goal = _Goal(wanted, paths, out is not None and named)
+            goal = _Goal(_wanted(steps, options, loaded.denoiser.img_shape[0]), paths, out is not None and named)
             job = _Job(loaded, config, options, here, goal)
             job.seconds["load"] = time.perf_counter() - began
         with _range(loaded.denoiser, options), GracefulStop():  # asked between two stages, the next one ends
@@ -184,8 +184,8 @@ def _checked_steps(steps: Sequence[Any], option: str) -> Tuple[int, ...]:
     return tuple(int(k) for k in steps)
 
 
-def _wanted(steps: Optional[Sequence[int]], options: ScheduleOptions) -> Wanted:
-    """What is asked for. Several solvers under one key are those of which refinement chooses one."""
+def _wanted(steps: Optional[Sequence[int]], options: ScheduleOptions, channels: int = 3) -> Wanted:
+    """What is asked for; no K depends on the channels. Of several solvers under one key refinement chooses one."""
     solver = options.solver
     if options.nfe is None:
         default = WEIGHTS_SOLVER if options.refine == "weights" else "heun"
@@ -201,7 +201,7 @@ def _wanted(steps: Optional[Sequence[int]], options: ScheduleOptions) -> Wanted:
         raise ValueError(f"{given} with {option}, which learns for one solver; say for which with --solver")
     if options.objective == "sde":
         raise ValueError(f"{given} with --objective=sde, but it chooses a deterministic solver; leave one of them out")
-    names = lambda n: (solver,) if solver else candidates(n) if options.refine else (recommended(n),)
+    names = lambda n: (solver,) if solver else candidates(n) if options.refine else (recommended(n, channels),)
     single = lambda name: solver or options.refine != "weights" or SOLVERS[name].stages == 1
     return {n: {name: steps_of(name, n) for name in names(n) if single(name)} for n in evaluations}
 

@@ -223,14 +223,21 @@ def test_so_many_evaluations_give_the_recommended_solver_and_its_grid():
     learned = learn_schedule(gaussian(), options=replace(DIRECT, nfe=(7, 1, 5)))
     assert list(learned) == [7, 1, 5]
     for n, (grid, record, _) in learned.items():
-        assert (record["nfe"], record["solver"]) == (n, recommended(n))
-        assert record["num_steps"] == steps_of(recommended(n), n)
+        assert (record["nfe"], record["solver"]) == (n, recommended(n, 1))
+        assert record["num_steps"] == steps_of(recommended(n, 1), n)
         assert grid == plain[n].grid and "candidates" not in record
         model = gaussian()
         sample(model, torch.zeros(1, 1, 2, 2), grid, record["solver"])
         assert model.evaluations == n
     assert len({record["solver"] for _, record, _ in learned.values()}) == 3
     assert plain[5].record["solver"] is None and "nfe" not in plain[5].record  # a grid for any solver names none
+
+
+def test_what_is_recommended_depends_on_whether_images_have_colours():
+    found = {shape[0]: learn_schedule(GaussianDenoiser(0.0, 0.25, shape), options=replace(DIRECT, nfe=(4, 1)))
+             for shape in ((1, 2, 2), (3, 2, 2))}
+    solvers = {channels: [one.record["solver"] for one in each.values()] for channels, each in found.items()}
+    assert solvers == {1: ["clock-denoised", "euler"], 3: ["ipndm3", "euler"]}
 
 
 def test_a_solver_that_is_asked_for_stays_and_its_steps_follow():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 import click
 
@@ -98,20 +98,20 @@ def main(network: str, steps: Optional[str], nfe: Optional[str], out: Optional[s
     given["refine"] = given["refine"] or False
     learned = learn_schedule(network, steps, ScheduleOptions(nfe=nfe, **given), pattern)
     if not given["quiet"]:
-        click.echo("\n".join(summary(list(learned.values()), given["plot"], given["preset"] == "paper")))
+        click.echo("\n".join(summary(list(learned.values()), given)))
         for option, address in (("network", network), ("gnet", given["gnet"] or "")):
             copy = local_copy(address)
             if copy:
                 click.echo(f"upstream's script takes this copy of the {option}, with no second download: {copy}")
 
 
-def summary(learned: List[Any], plotted: bool, each: bool) -> List[str]:
-    """Lines about the grids; what they cost after the last, or after `each` where they are of runs of their own."""
+def summary(learned: List[Any], given: Dict[str, Any]) -> List[str]:
+    """Lines about the grids; what they cost after the last, or after each where they are of runs of their own."""
     from art_edm.learning.provenance import choice, costs, table
 
     lines: List[str] = []
     for grid, record, path in learned:
-        lines += choice(record) + table(record)
+        lines += choice(record, given["solver"] is not None) + table(record)
         if "refined" in record:
             before, after = record["refined"]["error_before"], record["refined"]["error_after"]
             with_weights = " with the weights" if "weights" in record else ""
@@ -122,8 +122,8 @@ def summary(learned: List[Any], plotted: bool, each: bool) -> List[str]:
             lines.append(f"end-point error of {record['solver']} on validation noises: {before['mean']:.4g} before, "
                          f"{after['mean']:.4g} +- {after['mean_stderr']:.2g} refined{with_weights} (median "
                          f"{after['median']:.4g})")
-        lines.append(f"wrote {path} and {path.with_suffix('.json').name}" + f" and {path.stem}.png" * plotted)
-        if each or grid is learned[-1].grid:
+        lines.append(f"wrote {path} and {path.with_suffix('.json').name}" + f" and {path.stem}.png" * given["plot"])
+        if given["preset"] == "paper" or grid is learned[-1].grid:
             lines.append(costs(record, peak_memory()))
     return lines
 

@@ -13,7 +13,6 @@ from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import Network
 from art_edm.runtime.cli import command_line, versions
 from art_edm.sampling.baselines import hand_made
-from art_edm.sampling.budget import recommended
 
 __all__ = ["choice", "clock_score", "costs", "provenance", "rule_scores", "table"]
 
@@ -85,8 +84,11 @@ def table(record: Dict[str, Any]) -> List[str]:
     return [*lines, ", ".join(notes)] if notes else lines
 
 
-def choice(record: Dict[str, Any]) -> List[str]:
-    """One line, of a grid that was asked for by its evaluations: which solver and why; none of another grid."""
+def choice(record: Dict[str, Any], given: bool) -> List[str]:
+    """One line, of a grid that was asked for by its evaluations: which solver and why; none of another grid.
+
+    `given` says whether the solver was asked for, too.
+    """
     if "nfe" not in record:
         return []
     evaluations, solver, steps, tried = record["nfe"], record["solver"], record["num_steps"], record.get("tried", {})
@@ -97,7 +99,7 @@ def choice(record: Dict[str, Any]) -> List[str]:
         errors = ", ".join(f"{name} {one['mean']:.4g}" for name, (_, one) in zip(shown, best))
         why = f"end-point errors on validation noises, before refinement: {errors}"
     else:
-        why = "recommended" if solver == recommended(evaluations) else "as --solver says"
+        why = "as --solver says" if given else "recommended"
     return [f"NFE {evaluations}: {named(solver, steps)}; {why}"]
 
 

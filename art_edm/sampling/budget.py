@@ -5,7 +5,8 @@ Symbols
 N      evaluations of D per image: NFE
 K      number of steps; `solvers.nfe` gives N for a solver and K
 
-`RECOMMENDED` was measured on learned grids, by end-point error and by the features of ends (docs/solvers.md). In one
+The tables were measured on learned grids, by end-point error, by the features of ends and by FID (docs/solvers.md):
+`GREY` on digits, `COLOUR` on CIFAR-10. They differ, so that images of one channel have a table of their own. In one
 step all solvers are Euler's.
 """
 
@@ -15,22 +16,24 @@ from typing import Tuple
 
 from art_edm.sampling.solvers import SOLVERS, nfe, order_of
 
-__all__ = ["CANDIDATES", "RECOMMENDED", "candidates", "recommended", "steps_of"]
+__all__ = ["CANDIDATES", "COLOUR", "GREY", "candidates", "recommended", "steps_of"]
 
 # (N up to which, solver)
-RECOMMENDED: Tuple[Tuple[float, str], ...] = ((1, "euler"), (6, "clock-denoised"), (float("inf"), "ipndm3"))
+Table = Tuple[Tuple[float, str], ...]
+GREY: Table = ((1, "euler"), (6, "clock-denoised"), (float("inf"), "ipndm3"))
+COLOUR: Table = ((1, "euler"), (float("inf"), "ipndm3"))
 CANDIDATES = ("clock", "clock-denoised", "ipndm3", "dpmpp2m", "heun")  # among which an end-point error may choose
 
 
-def recommended(evaluations: int) -> str:
-    """The solver for N evaluations."""
-    return next(solver for most, solver in RECOMMENDED if evaluations <= most)
+def recommended(evaluations: int, channels: int) -> str:
+    """The solver for N evaluations of images, or latents, of so many channels."""
+    return next(solver for most, solver in (GREY if channels == 1 else COLOUR) if evaluations <= most)
 
 
 def candidates(evaluations: int) -> Tuple[str, ...]:
     """Those of `CANDIDATES` that can use exactly N evaluations; for N = 1, where all are one, Euler alone."""
     if evaluations == 1:
-        return (recommended(1),)
+        return ("euler",)
     return tuple(solver for solver in CANDIDATES if (evaluations - 1) % SOLVERS[solver].stages == 0)
 
 

@@ -62,7 +62,7 @@ def panels(denoiser: Denoiser, numbers: List[int], grid: str, num: int, known: D
     made = []
     for choice in choose_grids(["edm", f"art={grid}"], numbers, denoiser):
         count = choice.grid.num_steps
-        solver = recommended(count)
+        solver = recommended(count, denoiser.img_shape[0])
         images, below = generate(denoiser, choice.grid, solver, num), known.get((choice.name, count, solver), "")
         made.append(Panel(TITLES[choice.name], f"NFE {count}, {solver}", images, below))
     return made + [Panel(row, "exact", exact) for row in TITLES.values()]

@@ -160,9 +160,9 @@ def picture(path: Path, steps: int, points: Dict[int, Dict[str, Any]]) -> None:
 @click.option("--noises", default=32, show_default=True)
 @click.option("--validation", default=64, show_default=True)
 @click.option("--test", default=64, show_default=True)
-@click.option("--iterations", default=10, show_default=True)
+@click.option("--iterations", default=12, show_default=True)
 @click.option("--curve", default="", help="Other numbers of noises, for the first of --steps.")
-@click.option("--search", default=0, help="Iterations of Adam, on 256 noises.")
+@click.option("--search", default=0, help="Iterations of Adam, on the same noises.")
 @click.option("--batch", default=CHUNK, show_default=True, help="Noises that Adam differentiates at once.")
 @click.option("--cache", type=click.Path(path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path))
@@ -181,14 +181,15 @@ def main(
         if kind == "clock":
             return bench.kept(lambda: bench.judged(Scheme(bench.start(k).values)), clock=k, **judges)
         if kind == "search":
-            return bench.kept(partial(bench.searched, k, search, 256), search=k, iterations=search, **judges)
+            return bench.kept(partial(bench.searched, k, search, count), search=k, iterations=search, noises=count,
+                              **judges)
         given = dict(noises=count, validation=validation, iterations=iterations, cheap_iterations=iterations)
         config = RefineConfig.of_weights(**given) if kind == "weights" else RefineConfig(**given)
         return bench.kept(partial(bench.refined, k, config), refined=k, settings=asdict(config), **judges)
 
     wanted = [(kind, int(k), noises) for k in steps.split(",") for kind in kinds.split(",")]
     wanted += [("weights", int(steps.split(",")[0]), int(count)) for count in curve.split(",") if count]
-    wanted += [("search", int(k), 256) for k in steps.split(",") if search]
+    wanted += [("search", int(k), noises) for k in steps.split(",") if search]
     for kind, k, count in wanted:
         shown = row(cell(kind, k, count), cell("clock", k))
         table.setdefault(str(k), {}).setdefault(kind, {})[str(count if kind != "clock" else 0)] = shown

@@ -49,7 +49,8 @@ def test_candidates_use_all_evaluations_and_one_of_them_is_recommended():
     for evaluations in range(1, 20):
         found = candidates(evaluations)
         assert all(spent(solver, steps_of(solver, evaluations)) == evaluations for solver in found)
-        assert recommended(evaluations) in found and len(set(found)) == len(found)
+        assert {recommended(evaluations, channels) for channels in (1, 3)} <= set(found)
+        assert len(set(found)) == len(found)
         assert ("heun" in found) == (evaluations % 2 == 1 and evaluations > 1)
     assert candidates(1) == ("euler",) and set(candidates(9)) == set(CANDIDATES)
 
@@ -61,10 +62,13 @@ def no_worse(solver, evaluations, figures):
     return mean(solver) <= min(map(mean, set(CANDIDATES) - {"heun"})) + error
 
 
-@pytest.mark.parametrize("evaluations", [3, 4, 5, 7, 8, 10])
-def test_what_is_recommended_is_among_the_best_where_it_was_measured(evaluations):
-    figures = json.loads((RESULTS / "solvers.json").read_text())["solvers"]
-    assert no_worse(recommended(evaluations), evaluations, figures)
+MEASURED = [("solvers", 1, n) for n in (3, 4, 5, 7, 8, 10)] + [("solvers_cifar10", 3, n) for n in (3, 4, 5, 6, 8)]
+
+
+@pytest.mark.parametrize("name, channels, evaluations", MEASURED)
+def test_what_is_recommended_is_among_the_best_where_it_was_measured(name, channels, evaluations):
+    figures = json.loads((RESULTS / f"{name}.json").read_text())["solvers"]
+    assert no_worse(recommended(evaluations, channels), evaluations, figures)
     assert not no_worse("ab4-sigma", evaluations, figures)
 
 
@@ -74,5 +78,5 @@ def test_features_of_the_ends_of_what_is_recommended_are_among_the_nearest(evalu
     here = {row["solver"]: row for row in rows if row["nfe"] == evaluations}
     least = min(row["fid_to_exact"] for row in here.values())
     near = lambda name: here[name]["fid_to_exact"] <= least + 2 * here[name]["fid_to_exact_stderr"]
-    assert near(recommended(evaluations))
+    assert near(recommended(evaluations, 1))
     assert not near("dpmpp2m")
