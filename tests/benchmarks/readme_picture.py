@@ -4,9 +4,9 @@ Rows: grids. Columns: numbers of evaluations of the network (NFE), each by the s
 ends, which a fine solution reaches. Below each panel its figures, from tables of `fid.py gen`. Run by hand:
 
     python tools/train_schedule.py --network=cifar10 --steps=4,6,8,10,18 --out='art{steps}.npy'
-    python tools/fid.py gen --network=cifar10 --grid='edm,art=art{steps}.npy' --steps=4,6 --solver=clock-denoised \
-        --reference-error --detector=cifar10 --ref=cifar10.npz --num=1000 --out=few.json      # and --steps=8,10,18 ...
-    python tests/benchmarks/readme_picture.py --grid='art{steps}.npy' --scores=few.json,many.json --num=9 --wide=3
+    python tools/fid.py gen --network=cifar10 --grid='edm,art=art{steps}.npy' --steps=4,6,8,10,18 --solver=ipndm3 \
+        --reference-error --detector=cifar10 --ref=cifar10.npz --num=500 --out=table.json
+    python tests/benchmarks/readme_picture.py --grid='art{steps}.npy' --scores=table.json --num=9 --wide=3
 """
 
 from __future__ import annotations
