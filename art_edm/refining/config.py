@@ -31,8 +31,8 @@ class RefineConfig:
     @classmethod
     def of_weights(cls, **changed: Any) -> "RefineConfig":
         """For levels and weights in few steps: their errors are large, and exact paths need not be as fine."""
-        return cls(**{"weights": True, "fine_solver": "clock", "fine_steps": 50, "validation": 64, "damping": 0.01,
-                      "cheap_iterations": 12, **changed})
+        return cls(**{"weights": True, "fine_solver": "clock", "fine_steps": 50, "noises": 48, "validation": 64,
+                      "damping": 0.01, "iterations": 9, "cheap_iterations": 9, **changed})
 
     def judged_by(self, detector: Any) -> "RefineConfig":
         """For the features of a detector, if there is one: a distribution needs more noises than a mean."""

@@ -1,6 +1,6 @@
 """J/J* of ART-RL over fields, seeds and base clocks, against an independent, finer profile.
 
-Run by hand: python tests/benchmarks/rl_scores.py [oned gaussian anisotropic mnist wrong live ...]
+Run by hand: python tests/benchmarks/rl_scores.py [oned gaussian anisotropic mnist cifar10 wrong live ...]
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def cases(which: Tuple[str, ...]) -> List[Tuple[str, Denoiser, TrainConfig]]:
     """(name, denoiser, configuration) of the runs asked for."""
     default = PRESETS["default"]
     fields = {"oned": lambda: load_network("oned").denoiser, "gaussian": lambda: load_network("gaussian:0.5").denoiser,
-              "anisotropic": anisotropic, "mnist": lambda: load_network("mnist").denoiser}
+              "anisotropic": anisotropic, "mnist": lambda: load_network("mnist").denoiser,
+              "cifar10": lambda: load_network("cifar10").denoiser}
     found = [(name, fields[name](), default) for name in fields if name in which]
     if "wrong" in which:
         for name in ("gaussian", "mnist"):
