@@ -5,7 +5,8 @@ ends, which a fine solution reaches. Below each panel its figures, from tables o
 
     python tools/train_schedule.py --network=cifar10 --steps=4,6,8,10,18 --out='art{steps}.npy'
     python tools/fid.py gen --network=cifar10 --grid='edm,art=art{steps}.npy' --steps=4,6,8,10,18 --solver=ipndm3 \
-        --reference-error --detector=cifar10 --ref=cifar10.npz --num=500 --out=table.json
+        --reference-error --error-noises=64 --error-steps=60 --num=500 \
+        --detector=cifar10 --ref=cifar10.npz --out=table.json
     python tests/benchmarks/readme_picture.py --grid='art{steps}.npy' --scores=table.json --num=9 --wide=3
 """
 
