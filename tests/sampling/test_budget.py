@@ -62,7 +62,7 @@ def no_worse(solver, evaluations, figures):
     return mean(solver) <= min(map(mean, set(CANDIDATES) - {"heun"})) + error
 
 
-# left out, as another is better there: on cifar10 `clock` at 10 (by 3 %), on the SongUNet `clock-denoised` at 4 (by 7 %)
+# left out, as others are better: on cifar10 `clock` at 10 (by 3 %), on the SongUNet `clock-denoised` at 4 (by 7 %)
 MEASURED = [("solvers", 1, n) for n in (3, 4, 5, 7, 8, 10)] + [("solvers_cifar10", 3, n) for n in (3, 4, 5, 6, 8)]
 MEASURED += [("solvers_songunet", 3, n) for n in (3, 5, 6, 8, 10)]
 
