@@ -6,7 +6,7 @@ levels   a grid as its authors use it, descending; GITS and DM-NonUniform end at
 theirs   the authors' solver on their levels, by their code where they have one
 ours     a solver of this project on the same levels, the last of which becomes 0
 error    RMS over pixels between an end point and the exact one from the same noise; mean and RMS over noises
-FID      Frechet distance of the bundled LeNet's features to those of MNIST's training images
+FID      Frechet distance of the bundled judge's features to those of the training images: LeNet-FID or CIFAR-FID
 
 --peers is a folder with checkouts: diff-sampler (zju-pi), DM-NonUniform (scxue), sdm (aiimaginglab; needs diffusers).
 A peer that is not there is skipped with its reason. Each has a process of its own, as their modules share names.
@@ -27,9 +27,13 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import click
 import numpy as np
 import torch
+from networks.cifar10 import load_cifar10
 
 from art_edm.grids.grid import Grid, edm, load_grid
 from art_edm.measure.field import rms
+from art_edm.metrics.detectors import load_detector
+from art_edm.metrics.frechet import frechet_distance, moments
+from art_edm.metrics.mnist import load_mnist
 from art_edm.models.denoiser import Denoiser
 from art_edm.models.loading import load_network
 from art_edm.pickles.archives import load_tensors
@@ -39,7 +43,7 @@ from tests.benchmarks.refine_search import search
 
 SEEDS = {"judge": 31001, "make": 31002, "images": 31003}
 TEACHER, WARMUP, COEFFICIENT = 61, 256, 1.15  # GITS's own settings for CIFAR-10
-SEARCHED, ITERATIONS = 64, 500  # of the gradient search
+SEARCHED, EACH, ITERATIONS = 64, 8, 500  # of the gradient search: noises, of a step, steps
 FINE = 100  # Heun steps of the exact solution
 BATCH = 128
 
@@ -207,7 +211,7 @@ class Klub(Formula):
 
 
 class Searched:
-    """Adam through the solver over the levels, 500 steps from EDM's rule on 64 noises, as LD3's kind does; iPNDM."""
+    """Adam through the solver over the levels, 500 steps from EDM's rule, 8 of 64 noises each, as LD3's kind does."""
 
     def __init__(self, folder: Path, net: Net) -> None:
         self.net, self.latents = net, noise(net.denoiser, "make", SEARCHED)
@@ -215,10 +219,10 @@ class Searched:
 
     def levels(self, nfe: int) -> np.ndarray:
         start = edm(nfe, self.net.sigma_min, self.net.sigma_max)
-        return search(self.net.denoiser, start, "ipndm", self.latents, self.ends, ITERATIONS, SEARCHED)[0].values
+        return search(self.net.denoiser, start, "ipndm3", self.latents, self.ends, ITERATIONS, EACH, EACH)[0].values
 
     def sample(self, latents: torch.Tensor, levels: np.ndarray) -> torch.Tensor:
-        return sample(self.net.denoiser, latents, Grid(levels), "ipndm")
+        return sample(self.net.denoiser, latents, Grid(levels), "ipndm3")
 
 
 PEERS: Dict[str, Callable[[Path, Net], Any]] = {
@@ -247,6 +251,11 @@ def figures(errors: np.ndarray) -> Dict[str, float]:
             "rms_stderr": float(np.square(errors).std(ddof=1) / len(errors) ** 0.5 / (2 * root))}
 
 
+def pixels_of(data: str) -> torch.Tensor:
+    """Training images [N, C, H, W] uint8: of CIFAR-10 if `data` is an archive, of MNIST if it is a folder."""
+    return load_mnist("train", data)[0][:, None] if Path(data).is_dir() else load_cifar10("train", data)[0]
+
+
 class Judge:
     """Scores a sampler: end-point error over 256 noises, and the FID of so many images."""
 
@@ -257,29 +266,20 @@ class Judge:
             save_tensors(ends, exact(denoiser, self.latents))
         self.ends = load_tensors(ends)
         if num:
-            from art_edm.metrics.frechet import moments
-            from art_edm.metrics.mnist import load_mnist, to_images
-            from art_edm.models.lenet import LeNet
-            from art_edm.models.loading import load_classifier
-
-            self.lenet, pixels = load_classifier(LeNet).eval(), load_mnist("train", data)[0]
-            self.images = noise(denoiser, "images", num)
-            self.reference = moments(self._features(to_images(pixels)))
+            self.detector = load_detector("lenet" if denoiser.img_shape[0] == 1 else "cifar10", denoiser.img_shape,
+                                          torch.device("cpu"))
+            self.images, self.reference = noise(denoiser, "images", num), moments(self._features(pixels_of(data)))
 
     @torch.inference_mode()
-    def _features(self, images: torch.Tensor) -> np.ndarray:
-        return torch.cat([self.lenet.features(part) for part in images.float().split(1000)]).numpy()
+    def _features(self, pixels: torch.Tensor) -> np.ndarray:
+        return torch.cat([self.detector.features(part) for part in pixels.split(500)]).numpy()
 
     def score(self, sampler: Callable[[torch.Tensor], torch.Tensor]) -> Dict[str, Any]:
         run = lambda latents: torch.cat([sampler(part).double() for part in latents.split(BATCH)])
         with torch.inference_mode():
             found: Dict[str, Any] = figures(rms(run(self.latents) - self.ends).numpy())
             if self.num:
-                from art_edm.metrics.frechet import frechet_distance, moments
-                from art_edm.metrics.mnist import to_images
-                from art_edm.sampling.generate import to_pixels
-
-                features = self._features(to_images(to_pixels(run(self.images).float())))
+                features = self._features((run(self.images) * 127.5 + 128).clip(0, 255).to(torch.uint8))
                 found["fid"] = frechet_distance(*moments(features), *self.reference)
                 parts = [frechet_distance(*moments(part), *self.reference)
                          for part in np.array_split(features, self.blocks)]
@@ -290,7 +290,7 @@ class Judge:
 def one_peer(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
     """All cells of one peer, in this process."""
     denoiser = load_network(options["network"]).denoiser
-    net, judge = Net(denoiser).eval(), Judge(denoiser, options["num"], options["mnist"], options["ends"])
+    net, judge = Net(denoiser).eval(), Judge(denoiser, options["num"], options["data"], options["ends"])
     began, before = time.perf_counter(), denoiser.evaluations
     peer = PEERS[name](Path(options["peers"]), net)
     rows: Dict[str, Any] = {}
@@ -309,7 +309,7 @@ def one_peer(name: str, options: Dict[str, Any]) -> Dict[str, Any]:
 def our_rows(options: Dict[str, Any]) -> Dict[str, Any]:
     """ART's grids, and EDM's rule, with our solvers."""
     denoiser = load_network(options["network"]).denoiser
-    judge, found = Judge(denoiser, options["num"], options["mnist"], options["ends"]), {}
+    judge, found = Judge(denoiser, options["num"], options["data"], options["ends"]), {}
     for name in ("art", "edm"):
         rows: Dict[str, Any] = {}
         for nfe in options["nfe"]:
@@ -329,7 +329,7 @@ def our_rows(options: Dict[str, Any]) -> Dict[str, Any]:
 @click.option("--nfe", default="3,4,5,6,7,8,10", show_default=True)
 @click.option("--ours", default="clock,ipndm3,dpmpp2m", show_default=True, help="Our solvers.")
 @click.option("--num", default=5000, show_default=True, help="Images for the FID; 0 for none.")
-@click.option("--mnist", help="Folder with MNIST's files.")
+@click.option("--data", help="Folder with MNIST's files, or an archive of CIFAR-10; needed for the FID.")
 @click.option("--only", help="Names of peers, and `ours`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.option("--inner", hidden=True, help="Run this peer here.")

@@ -68,27 +68,33 @@ def exact(denoiser: Denoiser, latents: torch.Tensor) -> torch.Tensor:
 
 
 def search(
-    denoiser: Denoiser, grid: Grid, solver: str, latents: torch.Tensor, ends: torch.Tensor, iterations: int, batch: int
+    denoiser: Denoiser, grid: Grid, solver: str, latents: torch.Tensor, ends: torch.Tensor, iterations: int, batch: int,
+    each: int = 0,
 ) -> Tuple[Grid, float]:
-    """The best grid that Adam meets on its way from `grid`, and its mean error over `latents`."""
+    """The best grid that Adam meets on its way from `grid`, and its mean error over `latents`.
+
+    With `each`, an iteration takes the next so many of the noises by turns, and the last grid counts.
+    """
     q = torch.tensor(parameters_of(grid.values), requires_grad=True)
     first, last = torch.tensor(grid.values[:1]), torch.zeros(1, dtype=torch.float64)
     optimizer = torch.optim.Adam([q], lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=RATE / 100)
     best: Tuple[Grid, float] = (grid, float("inf"))
-    for _ in range(iterations):
+    parts = list(zip(latents.split(each or len(latents)), ends.split(each or len(ends))))
+    for i in range(iterations):
+        noises, targets = parts[i % len(parts)]
         optimizer.zero_grad()
         levels, total = torch.cat([first, first * q.sigmoid().cumprod(0), last]), 0.0
-        for a in range(0, len(latents), batch):
+        for a in range(0, len(noises), batch):
             moved = levels.detach().requires_grad_()
-            x = denoiser.initial(latents[a : a + batch], grid.sigma_max).to(torch.float64)
+            x = denoiser.initial(noises[a : a + batch], grid.sigma_max).to(torch.float64)
             end, _ = integrate(slope_of(denoiser), x, moved, solver)
-            square = (end - ends[a : a + batch]).flatten(1).square().mean(dim=1)
-            f = (square + 1e-24).sqrt().sum() / len(latents)
+            square = (end - targets[a : a + batch]).flatten(1).square().mean(dim=1)
+            f = (square + 1e-24).sqrt().sum() / len(noises)
             f.backward()
             levels.backward(moved.grad, retain_graph=True)
             total += f.item()
-        if total < best[1]:
+        if total < best[1] or each:
             best = Grid(levels.detach().numpy()), total
         optimizer.step()
         schedule.step()
