@@ -5,7 +5,8 @@ Symbols
 cell        one grid, number of steps and solver
 block       `num` images of a cell; block b has the indices b num, ..., (b + 1) num - 1 of the seed
 difference  of a cell's FID to that of the first grid in as many steps by the same solver, from the same noise; by
-            "weights", those of a grid's own, to that by the first solver
+            "weights", those of a grid's own, to that by the first solver; of the first grid to that by the first
+            solver of as many evaluations
 """
 
 from __future__ import annotations
@@ -123,8 +124,11 @@ def score(plan: Plan, work: Work) -> List[Row]:
         return []
     if found:
         key = lambda row: (row["steps"], plan.solvers[0] if row["solver"] == WEIGHTS else row["solver"])
-        first = {key(row): i for i, row in reversed(list(enumerate(rows)))}
-        add_differences(rows, found, lambda i: first[key(rows[i])], lambda i, j: None)
+        last_to_first = list(reversed(list(enumerate(rows))))
+        first = {key(row): i for i, row in last_to_first}
+        of_budget = {row["nfe"]: i for i, row in last_to_first}
+        base = lambda i: of_budget[rows[i]["nfe"]] if first[key(rows[i])] == i else first[key(rows[i])]
+        add_differences(rows, found, base, lambda i, j: None)
     return rows
 
 

@@ -98,7 +98,7 @@ def _columns() -> List[Column]:
         Column("NFE", _plain("nfe")), Column("images", lambda row: f"{row['blocks']} x {row['images']}"),
         *(column for metric in METRICS.values() for column in _of_metric(metric)),
         Column("RMS error", _number("error_rms")), Column("mean", _number("error_mean")),
-        Column("median", _number("error_median")),
+        Column("median", _number("error_median")), Column("difference to", _plain("difference_to")),
         Column("pairing", lambda row: f"not paired: {row['not_paired']}" if row.get("not_paired") else ""),
         Column("grid", lambda row: row["origin"] if row.get("origin", "").startswith("resampled") else ""),
     ]
@@ -141,7 +141,9 @@ def add_differences(
         if j is None or j == i:
             continue
         reason, images = unpaired(i, j), row["images"] * row["blocks"]
-        row.update(difference_to=rows[j]["name"], not_paired=reason)
+        there = rows[j]
+        solver = there.get("solver") if row.get("solver") != there.get("solver") else None
+        row.update(difference_to=", ".join(filter(None, (there["name"], solver))), not_paired=reason)
         for name, own in found[i].items():
             independent = difference(own, found[j][name], False)
             result = difference(own, found[j][name], True) if reason is None else independent

@@ -339,3 +339,18 @@ def test_differences_are_to_the_first_grid_of_the_same_steps_and_solver(tmp_path
         assert row["fid_difference"] == pytest.approx(values.mean())
         assert row["fid_difference_stderr"] == pytest.approx(abs(values[0] - values[1]) / 2)
         assert row["fid_difference_from"] == "paired over 2 blocks" and row["difference_to"] == "edm"
+
+
+def test_solvers_are_compared_on_the_first_grid_at_equal_evaluations(tmp_path):
+    choices = choose_grids(["edm", "dpm"], [3, 5], gaussian().denoiser)
+    plan = Plan(gaussian(), choices, ("dpmpp2m", "euler", "heun"), 60, 2, 0, panel(Linear()),
+                moments_as(np.zeros(3), np.eye(3)))
+    rows = {(row["name"], row["steps"], row["solver"]): row for row in score(plan, work(tmp_path))}
+    found = {key: row.get("difference_to") for key, row in rows.items()}
+    assert found == {
+        **{("edm", k, "dpmpp2m"): None for k in (3, 5)}, **{("edm", k, "euler"): "edm, dpmpp2m" for k in (3, 5)},
+        ("edm", 3, "heun"): "edm, dpmpp2m", ("edm", 5, "heun"): None,  # 5 and 9 evaluations
+        **{("dpm", k, solver): "edm" for k in (3, 5) for solver in plan.solvers}}
+    heun, base = rows["edm", 3, "heun"], rows["edm", 5, "dpmpp2m"]
+    assert heun["nfe"] == base["nfe"] == 5
+    assert heun["fid_difference"] == pytest.approx(np.subtract(heun["fid_blocks"], base["fid_blocks"]).mean())
