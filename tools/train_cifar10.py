@@ -34,8 +34,8 @@ CIFAR10 = DataSet(
     note="CIFAR-10 as found in --data; from JPEG files it is slightly lossy",
     score=ScoreConfig(iterations=40_000, batch=64, learning_rate=2e-3, warmup=200, sigma_mean=-1.2, sigma_std=1.2,
                       bfloat16=False, flips=True, rate_steps=3000, width=48, deep_width=96),
-    judge_config=ClassifierConfig(iterations=1950, batch=256, learning_rate=3e-3, weight_decay=0.05, smoothing=0.1,
-                                  shift=2),
+    judge_config=ClassifierConfig(iterations=700, batch=500, learning_rate=0.73, rise=0.2, momentum=0.85,
+                                  weight_decay=1.3e-3, smoothing=0.2, shift=2),
 )
 main = training_command(CIFAR10, HELP)
 

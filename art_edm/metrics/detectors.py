@@ -2,7 +2,7 @@
 
     inception     NVIDIA's Inception-v3, downloaded once; the network of the published FIDs
     lenet         the bundled LeNet: 84 penultimate features of grey 28 x 28 images (section 6.4)
-    cifar10       the bundled ResNet: 192 penultimate features of 32 x 32 images in colour
+    cifar10       the bundled ResNet: 256 penultimate features of 32 x 32 images in colour
     F.pt          lenet.pt or resnet.pt as the trainings of this project write them: penultimate features of images of
                   the size they are for
     F.pt, URL     any TorchScript that is called alike: net(x, return_features=True) -> [B, d]; for the Inception

@@ -334,7 +334,7 @@ def test_a_classifier_of_our_own_is_read_from_its_weight_file(tmp_path):
     with torch.no_grad():
         features = net.features(x / 127.5 - 1)
         expected = net(x / 127.5 - 1).softmax(dim=1)
-    assert (detector.name, detector.dim, detector.classes, detector.sha256) == ("resnet", 192, 10, sha256(path))
+    assert (detector.name, detector.dim, detector.classes, detector.sha256) == ("resnet", 256, 10, sha256(path))
     torch.testing.assert_close(detector.features(x), features, rtol=1e-2, atol=1e-3)  # half precision
     torch.testing.assert_close(detector.probabilities(x), expected, rtol=1e-2, atol=1e-3)
     assert (detector.features(x) - net.features(x / 255)).abs().max() > 1e-2  # the twin: another scale

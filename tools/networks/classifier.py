@@ -15,6 +15,8 @@ from networks.loop import Run, to_unit, train
 
 __all__ = ["ClassifierConfig", "accuracy", "train_classifier"]
 
+FIRST = 5000  # images that set a first layer which is not trained
+
 
 def _batch(pixels: torch.Tensor, config: ClassifierConfig, it: int) -> Any:
     """The images' numbers [B] and the images [B, C, H, W] of a step; every epoch shows each image at most once."""
@@ -33,6 +35,20 @@ def _batch(pixels: torch.Tensor, config: ClassifierConfig, it: int) -> Any:
     return pick, torch.where(torch.rand(len(pick), 1, 1, 1, generator=rng) < 0.5, images, images.flip(3))
 
 
+def _learning_rate(it: int, config: ClassifierConfig) -> float:
+    cosine = (1 + math.cos(math.pi * it / config.iterations)) / 2
+    rise = config.rise * config.iterations
+    return config.learning_rate * cosine * (min(1, (it + 1) / rise) if rise else 1)
+
+
+def _optimizer(net: nn.Module, config: ClassifierConfig) -> torch.optim.Optimizer:
+    trained = [p for p in net.parameters() if p.requires_grad]
+    if not config.momentum:
+        return torch.optim.AdamW(trained, weight_decay=config.weight_decay)
+    return torch.optim.SGD(trained, config.learning_rate, config.momentum, weight_decay=config.weight_decay,
+                           nesterov=True)
+
+
 def train_classifier(
     kind: type, pixels: torch.Tensor, labels: torch.Tensor, config: ClassifierConfig, run: Run
 ) -> nn.Module:
@@ -42,14 +58,16 @@ def train_classifier(
     """
     torch.manual_seed(config.seed)
     net = kind().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=config.weight_decay)
+    if hasattr(net, "fit_patches"):
+        net.fit_patches(to_unit(pixels[:FIRST]))
+    optimizer = _optimizer(net, config)
     parts: Dict[str, Any] = {"net": net, "optimizer": optimizer}
 
     def step(it: int) -> float:
         pick, images = _batch(pixels, config, it)
         loss = functional.cross_entropy(net(images), labels[pick], label_smoothing=config.smoothing)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 + math.cos(math.pi * it / config.iterations)) / 2
+            group["lr"] = _learning_rate(it, config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

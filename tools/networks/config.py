@@ -44,9 +44,11 @@ class ClassifierConfig:
 
     label: ClassVar[str] = "classifier"
     open_ended: ClassVar[bool] = False
-    iterations: int = 5616  # optimizer steps (12 epochs of MNIST); AdamW, cosine to zero
+    iterations: int = 5616  # optimizer steps (12 epochs of MNIST)
     batch: int = 128  # images per step
-    learning_rate: float = 2e-3  # of the first step
+    learning_rate: float = 2e-3  # falls to zero as a cosine
+    rise: float = 0.0  # share of the steps in which the learning rate rises to it
+    momentum: float = 0.0  # of SGD, Nesterov's; 0: AdamW
     weight_decay: float = 0.0
     smoothing: float = 0.0  # share of the label that is spread over all classes
     shift: int = 0  # pixels that an image is moved by at most, and mirrored half of the time; 0: shown as it is

@@ -11,7 +11,7 @@ import pytest
 import torch
 from networks import classifier as module
 from networks.classifier import ClassifierConfig, accuracy, train_classifier
-from networks.loop import Run
+from networks.loop import Run, to_unit
 
 from art_edm.models.lenet import LeNet
 from art_edm.models.resnet import ResNet
@@ -50,7 +50,7 @@ def test_lenet_learns_and_repeats(tmp_path):
 
 def test_the_resnet_learns_and_goes_on_after_a_stop_to_the_same_bytes(tmp_path, monkeypatch):
     pixels, labels = stripes(160, 32, 3)
-    config = replace(TINY, iterations=40, learning_rate=0.02, shift=2, smoothing=0.1, weight_decay=0.05)
+    config = replace(TINY, learning_rate=0.1, rise=0.2, momentum=0.85, shift=2, smoothing=0.1, weight_decay=1e-3)
     monkeypatch.setattr(module, "ResNet", lambda: ResNet((8, 12, 16)), raising=False)
     whole = train_classifier(module.ResNet, pixels[:100], labels[:100], config, Run(tmp_path / "whole"))
     assert right(whole, pixels[100:], labels[100:]) > 0.95
@@ -67,6 +67,29 @@ def test_the_resnet_learns_and_goes_on_after_a_stop_to_the_same_bytes(tmp_path, 
     assert same(train_classifier(module.ResNet, pixels[:100], labels[:100], config, run), whole)
     with pytest.raises(ValueError, match="smoothing=0.1, not 0.2"):
         train_classifier(module.ResNet, pixels[:100], labels[:100], replace(config, smoothing=0.2), run)
+
+
+def test_the_first_layer_whitens_the_images_and_is_not_trained(tmp_path):
+    pixels, labels = stripes(160, 32, 3)
+    net = train_classifier(ResNet, pixels, labels, replace(TINY, iterations=2, momentum=0.9), Run(tmp_path / "a"))
+    given = net.whiten(to_unit(pixels)).detach().movedim(1, 3).reshape(-1, 24)  # [patches, filters]
+    assert torch.equal(given[:, :12], -given[:, 12:])
+    assert torch.allclose(given[:, :12].T.cov(), torch.eye(12), atol=0.05)
+    assert not torch.allclose(ResNet().whiten(to_unit(pixels)).movedim(1, 3).reshape(-1, 24)[:, :12].T.cov(),
+                              torch.eye(12), atol=0.5)
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = replace(TINY, iterations=100, learning_rate=2.0, rise=0.2)
+    rate = lambda it, c=config: module._learning_rate(it, c)
+    assert rate(0) == pytest.approx(2 / 20) and rate(9) == pytest.approx(math.cos(math.pi * 9 / 200) ** 2)
+    assert rate(50) == pytest.approx(1) and rate(99) == pytest.approx(2 * math.sin(math.pi / 200) ** 2)
+    assert rate(0, replace(config, rise=0.0)) == 2
+
+
+def test_momentum_makes_it_sgd():
+    kinds = {type(module._optimizer(LeNet(), replace(TINY, momentum=m))) for m in (0.0, 0.9)}
+    assert kinds == {torch.optim.AdamW, torch.optim.SGD}
 
 
 def test_an_epoch_shows_every_image_once():
@@ -92,11 +115,11 @@ def test_shifts_and_mirrored_images():
 
 
 def test_features_are_the_input_of_the_last_layer():
-    for net, last in ((LeNet(), "fc2"), (ResNet().eval(), "classify")):
+    for net, last, scale in ((LeNet(), "fc2", 1), (ResNet().eval(), "fc", 1 / 9)):
         images = torch.randn(5, *net.img_shape, generator=torch.Generator().manual_seed(1))
         features = net.features(images)
         assert features.shape == (5, net.num_features)
-        assert torch.allclose(getattr(net, last)(features), net(images), atol=1e-5)
+        assert torch.allclose(getattr(net, last)(features) * scale, net(images), atol=1e-5)
 
 
 def test_accuracy_counts():
