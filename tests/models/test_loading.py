@@ -145,7 +145,7 @@ def test_classifier_round_trip(tmp_path, kind, shape):
     read = load_classifier(kind, path)
     assert all(torch.equal(a, b.half().float()) for a, b in zip(read.parameters(), net.parameters()))
     difference = (read(images) - net(images)).abs().max()
-    assert 0 < difference < 1e-2 < (kind().eval()(images) - net(images)).abs().max()
+    assert 0 < difference < 0.1 * (kind().eval()(images) - net(images)).abs().max()
     assert net.features(images).shape == (4, kind().num_features)
     with pytest.raises(NetworkError, match=f"holds 'art_edm.{kind.__name__.lower()}/1', expected 'art_edm.score/1'"):
         load_network(str(path))
