@@ -30,13 +30,13 @@ def anisotropic() -> Denoiser:
     return GaussianDenoiser(0.0, std.square(), img_shape=(1, 8, 8))
 
 
-def reference(denoiser: Denoiser, config: TrainConfig) -> Profile:
-    """A profile from four times the trajectories and points, of other noises than any run's."""
+def reference(denoiser: Denoiser, config: TrainConfig, finer: int) -> Profile:
+    """A profile from `finer` times the trajectories and points, of other noises than any run's."""
     generator = torch.Generator().manual_seed(10**6)
-    shape = (4 * config.trajectories, *denoiser.img_shape)
+    shape = (finer * config.trajectories, *denoiser.img_shape)
     latents = torch.randn(shape, generator=generator, dtype=torch.float64)
     clock = GaussianClock(denoiser.sigma_max, denoiser.sigma_data)
-    return measure_profile(denoiser, latents, clock, 4 * config.points, options=PathOptions(batch=128))
+    return measure_profile(denoiser, latents, clock, finer * config.points, options=PathOptions(batch=128))
 
 
 def score(result: TrainResult, profile: Profile) -> float:
@@ -48,7 +48,7 @@ def score(result: TrainResult, profile: Profile) -> float:
 
 def base_score(config: TrainConfig, denoiser: Denoiser, profile: Profile) -> float:
     """J/J* of the base clock itself: where learning starts."""
-    clock = make_clock(config.clock, denoiser.sigma_max, config.clock_sigma_data or denoiser.sigma_data)
+    clock = make_clock(config.clock, denoiser.sigma_max, config.recipe.clock_sigma_data or denoiser.sigma_data)
     return profile.cost(clock.sigma(np.linspace(0, 1, 4097))) / profile.optimum
 
 
@@ -79,15 +79,16 @@ def cases(which: Tuple[str, ...]) -> List[Tuple[str, Denoiser, TrainConfig]]:
 @click.command()
 @click.argument("which", nargs=-1)
 @click.option("--seeds", default=3, show_default=True)
+@click.option("--finer", default=4, show_default=True, help="Trajectories and points of the reference, over a run's.")
 @click.option("--out", type=click.Path(path_type=Path))
-def main(which: Tuple[str, ...], seeds: int, out: Optional[Path]) -> None:
+def main(which: Tuple[str, ...], seeds: int, finer: int, out: Optional[Path]) -> None:
     """One line per run: J/J* of the base clock, of the learned clock, and of the profile's own optimum."""
     profiles: Dict[str, Profile] = {}
     records = []
     for name, denoiser, config in cases(which or ("oned", "gaussian", "anisotropic", "mnist", "wrong", "live")):
         field = name.split(",")[0]
         if field not in profiles:
-            profiles[field] = reference(denoiser, config)
+            profiles[field] = reference(denoiser, config, finer)
         profile = profiles[field]
         for seed in range(1 if config.rollout == "live" else seeds):
             result = train(denoiser, config.changed(seed=seed))
